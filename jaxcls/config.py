@@ -1,0 +1,366 @@
+"""An experiment's config: defaults, checks, overrides, JSON in and out.
+
+`get_config()` is the default run, and every experiment starts from it. A config holds plain data: numbers,
+strings, tuples, and sections `{'name': ..., **arguments}` that pick a factory from a table and set
+its arguments.
+"""
+
+import ast
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxcls import registry
+from jaxcls.errors import UserError
+
+# The sections that name a factory. Their arguments are that factory's, so they may gain fields.
+SECTIONS = ('model', 'loss', 'optimizer', 'schedule')
+PRECISIONS = ('float32', 'bfloat16', 'mixed')
+PIPELINES = ('auto', 'resident', 'stream')
+PLACEMENTS = ('replicated', 'fsdp')
+CROPS = ('center', 'random_resized')
+
+Tables = Mapping[str, Mapping[str, Callable]]
+
+
+def get_config() -> ConfigDict:
+    """The default run: a LeNet on scikit-learn's digits, at least 98% in under a minute on 2 cores."""
+    return ConfigDict(
+        {
+            'seed': 0,
+            'epochs': 40.0,
+            'batch_size': 64,
+            'precision': 'float32',  # 'bfloat16': all of it; 'mixed': parameters stay float32
+            'data': {
+                'name': 'digits',  # tfds:NAME, folder:PATH, npz:PATH or digits
+                'dir': '',  # of TFDS; '' is $TFDS_DATA_DIR or ~/tensorflow_datasets
+                'train': 'train',
+                'validation': 'test',  # take 'train[90%:]' to tune, choose or stop early
+                'image_size': 0,  # pixels; 0 keeps the size of the data set
+                'crop': 'center',  # 'random_resized': of the full photo, streamed training only
+                'crop_fraction': 1.0,  # of the short side that a centre crop keeps
+                'mean': (0.5,),  # per channel, of images in [0, 1]
+                'std': (0.5,),
+                'pipeline': 'auto',  # 'resident': on the device; 'stream': read as it goes
+                'workers': 0,  # processes that read a stream; 0: threads of this one
+            },
+            'augment': [],
+            'model': {'name': 'lenet_small'},
+            'loss': {'name': 'cross_entropy'},
+            'optimizer': {'name': 'adam'},
+            'learning_rate': 0.002,
+            'schedule': {'name': 'cosine'},
+            'warmup_epochs': 0.0,
+            'weight_decay': 0.0,  # decoupled, of kernels only
+            'l1': 0.0,  # penalties in the loss, of kernels only
+            'l2': 0.0,
+            'clip_norm': 0.0,  # 0: off, here and below
+            'adaptive_clip': 0.0,
+            'accumulate_steps': 1,
+            'sam_rho': 0.0,
+            'ema_decay': 0.0,
+            'early_stopping_epochs': 0.0,  # without a better validation loss
+            'max_bad_steps': 20,  # non-finite steps in a row before the run stops
+            'parameters': 'replicated',  # 'fsdp': sharded over the devices
+            'steps_per_call': 0,  # steps in one program; 0: chosen by backend
+            'log_every_steps': 100,
+            'validate_every_epochs': 1.0,
+            'checkpoint_every_epochs': 1.0,
+            'keep_checkpoints': 2,
+        }
+    )
+
+
+def load_file(path: str | Path) -> ConfigDict:
+    """Runs an experiment file and returns the config of its `get_config()`. The file is code.
+
+    Raises:
+      UserError: no such file, an error in it, or no `get_config` in it.
+    """
+    path = Path(path)
+    if path.suffix != '.py' or not path.is_file():
+        others = [str(p) for p in path.parent.glob('*.py')]
+        raise UserError(
+            f'No config file {str(path)!r}; --config takes the path of an experiment. '
+            f'{registry.did_you_mean(str(path), others)}'
+        )
+    spec = importlib.util.spec_from_file_location(f'jaxcls_experiment_{path.stem}', path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:  # whatever the user's code raises
+        raise UserError(f'{path} failed: {type(error).__name__}: {error}. Mend the file.') from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f'{path}: get_config() returned {type(config).__name__}, not a ConfigDict. '
+            'Start from jaxcls.config.get_config().'
+        )
+    return config
+
+
+def apply_overrides(config: ConfigDict, overrides: Iterable[tuple[str, str]], tables: Tables):
+    """Sets fields from the command line, in place: `('model.width', '32')`.
+
+    A section's new `name` starts the section afresh with that factory's own defaults, whatever the
+    order of the overrides.
+
+    Raises:
+      UserError: unknown field, or a value of the wrong type.
+    """
+    overrides = list(overrides)
+    for path, text in overrides:
+        section, _, field = path.partition('.')
+        if section in SECTIONS and field == 'name' and config[section].name != text:
+            config[section] = ConfigDict({'name': text})
+    complete(config, tables)
+    for path, text in overrides:
+        _set(config, path, text)
+
+
+def complete(config: ConfigDict, tables: Tables):
+    """Fills each section with its factory's default arguments, in place, so that a run records them.
+
+    Raises:
+      UserError: a name that is in no table, an argument that its factory does not have.
+    """
+    for section in SECTIONS:
+        config[section] = ConfigDict(_completed(section, config[section], tables[section]))
+    config.augment = [
+        _completed('augment', spec, tables['augment']) for spec in config.augment
+    ]
+
+
+def _completed(kind: str, spec: Mapping[str, Any], table: Mapping[str, Callable]) -> dict:
+    spec = dict(spec)
+    if 'name' not in spec:
+        raise UserError(f'config.{kind} has no name: {spec}. Give it one of: {", ".join(table)}.')
+    registry.bind(table, kind, **spec)
+    known = registry.defaults(table[spec['name']])
+    for field, value in spec.items():
+        if field != 'name' and field not in known:
+            raise UserError(f'config.{kind}.{field} cannot be set: the data or the run decide it.')
+        if field != 'name':
+            spec[field] = _typed(f'{kind}.{field}', value, known[field])
+    return {**known, **spec}
+
+
+def _set(config: ConfigDict, path: str, text: str):
+    """Sets one dotted field, such as `data.name` or `augment[0].padding`."""
+    node, where = config, 'config'
+    *parents, last = path.replace('[', '.[').split('.')
+    for part in parents:
+        node, where = _child(node, part, where), f'{where}.{part}'.replace('.[', '[')
+    old = _child(node, last, where)
+    if isinstance(old, (ConfigDict, dict, list)):
+        raise UserError(
+            f'config.{path} is a group of fields; set one of them: '
+            f'--config.{path}{"[0]" if isinstance(old, list) else ""}.FIELD=VALUE.'
+        )
+    node[last] = _typed(path, _parse(text, old), old)
+
+
+def _child(node: Any, part: str, where: str) -> Any:
+    if isinstance(node, list):
+        index = part.strip('[]')
+        if not (part.startswith('[') and index.isdigit() and int(index) < len(node)):
+            raise UserError(f'{where} has items 0 to {len(node) - 1}, not {part!r}.')
+        return node[int(index)]
+    if not isinstance(node, (ConfigDict, dict)) or part not in node:
+        known = node if isinstance(node, (ConfigDict, dict)) else ()
+        raise UserError(f'{where} has no field {part!r}. {registry.did_you_mean(part, known)}')
+    return node[part]
+
+
+def _parse(text: str, old: Any) -> Any:
+    if isinstance(old, str):
+        return text
+    if isinstance(old, bool):
+        return {'true': True, 'false': False}.get(text.lower(), text)
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _typed(path: str, value: Any, old: Any) -> Any:
+    """The value as the old one's type. A number may widen to float, nothing else changes its type."""
+    wanted = type(old)
+    if wanted is float and type(value) is int:
+        return float(value)
+    if wanted is tuple and isinstance(value, (list, tuple)):
+        kinds = {type(item) for item in old} or {type(item) for item in value}
+        return tuple(_typed(path, item, next(iter(kinds))()) for item in value)
+    if type(value) is not wanted:
+        raise UserError(
+            f'config.{path} is {value!r}, of type {type(value).__name__}; '
+            f'it must be of type {wanted.__name__}, as in {old!r}.'
+        )
+    return value
+
+
+def validate(config: ConfigDict):
+    """Checks ranges and fields against each other, before anything is compiled.
+
+    Raises:
+      UserError: the first field that is out of its range.
+    """
+    _check_fields(config, get_config(), 'config')
+    for path, low, high in _RANGES:
+        value = _at(config, path)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise UserError(f'config.{path} is {value}; it must be {_range(low, high)}.')
+    for path, choices in _CHOICES:
+        if _at(config, path) not in choices:
+            raise UserError(
+                f'config.{path} is {_at(config, path)!r}. '
+                f'{registry.did_you_mean(str(_at(config, path)), choices)}'
+            )
+    _check_together(config)
+
+
+_TINY = 1e-12
+_RANGES = (
+    ('seed', 0, 2**31 - 1),
+    ('epochs', _TINY, math.inf),
+    ('batch_size', 1, 2**24),
+    ('data.image_size', 0, 4096),
+    ('data.crop_fraction', 0.01, 1.0),
+    ('data.workers', 0, 512),
+    ('learning_rate', _TINY, math.inf),
+    ('warmup_epochs', 0, math.inf),
+    ('weight_decay', 0, math.inf),
+    ('l1', 0, math.inf),
+    ('l2', 0, math.inf),
+    ('clip_norm', 0, math.inf),
+    ('adaptive_clip', 0, math.inf),
+    ('accumulate_steps', 1, 2**20),
+    ('sam_rho', 0, math.inf),
+    ('ema_decay', 0, 1 - 1e-9),
+    ('early_stopping_epochs', 0, math.inf),
+    ('max_bad_steps', 1, 2**30),
+    ('steps_per_call', 0, 2**20),
+    ('log_every_steps', 1, 2**30),
+    ('validate_every_epochs', 1e-6, math.inf),
+    ('checkpoint_every_epochs', 1e-6, math.inf),
+    ('keep_checkpoints', 1, 1000),
+)
+_CHOICES = (
+    ('precision', PRECISIONS),
+    ('data.pipeline', PIPELINES),
+    ('data.crop', CROPS),
+    ('parameters', PLACEMENTS),
+)
+
+
+def _range(low: float, high: float) -> str:
+    low = 'more than 0' if low == _TINY else f'at least {low}'
+    return low if high == math.inf else f'{low} and at most {high}'
+
+
+def _at(config: ConfigDict, path: str) -> Any:
+    for part in path.split('.'):
+        config = config[part]
+    return config
+
+
+def _check_fields(config: Mapping, reference: Mapping, where: str):
+    """Every field of the defaults is there, with its type, and no other."""
+    for field in config:
+        if field not in reference:
+            raise UserError(f'{where} has no field {field!r}. {registry.did_you_mean(field, reference)}')
+    for field, default in reference.items():
+        path = f'{where}.{field}'
+        if field not in config:
+            raise UserError(f'{path} is missing. Start from jaxcls.config.get_config().')
+        if field in SECTIONS or field == 'augment':
+            continue
+        if isinstance(default, ConfigDict):
+            _check_fields(config[field], default, path)
+        else:
+            _typed(path.removeprefix('config.'), config[field], default)
+
+
+def _check_together(config: ConfigDict):
+    data = config.data
+    if config.batch_size % config.accumulate_steps:
+        raise UserError(
+            f'config.batch_size {config.batch_size} does not divide into config.accumulate_steps '
+            f'{config.accumulate_steps} equal parts; choose a multiple of {config.accumulate_steps}.'
+        )
+    if config.warmup_epochs >= config.epochs:
+        raise UserError(
+            f'config.warmup_epochs {config.warmup_epochs} must be less than config.epochs '
+            f'{config.epochs}.'
+        )
+    if min(data.std) <= 0 or not all(map(math.isfinite, data.mean + data.std)):
+        raise UserError(f'config.data.std is {data.std}; each must be more than 0, and finite.')
+    if len(data.mean) != len(data.std):
+        raise UserError(
+            f'config.data.mean has {len(data.mean)} channels and config.data.std {len(data.std)}; '
+            'give both one value, or one a channel.'
+        )
+    if data.crop == 'random_resized' and not data.image_size:
+        raise UserError(
+            "config.data.crop='random_resized' needs a size to resize to: set config.data.image_size."
+        )
+    if data.crop == 'random_resized' and data.pipeline == 'resident':
+        raise UserError(
+            "config.data.crop='random_resized' crops photos as they are read, which a resident split "
+            "does once: set config.data.pipeline='stream', or add the augmentation "
+            "{'name': 'random_resized_crop'}."
+        )
+    if config.early_stopping_epochs and config.early_stopping_epochs < config.validate_every_epochs:
+        raise UserError(
+            f'config.early_stopping_epochs {config.early_stopping_epochs} is less than '
+            f'config.validate_every_epochs {config.validate_every_epochs}: it would stop at once.'
+        )
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as indented JSON, keys sorted, tuples as lists."""
+    return json.dumps(json.loads(config.to_json_best_effort()), indent=2, sort_keys=True)
+
+
+def from_json(text: str) -> ConfigDict:
+    """The config out of `to_json`: lists of plain values are tuples again."""
+    return ConfigDict(_tuples(json.loads(text)))
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    if isinstance(value, list):
+        items = [_tuples(item) for item in value]
+        return items if not items or isinstance(items[0], dict) else tuple(items)
+    return value
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """The fields that differ, by dotted name, as `(old, new)`; `'absent'` where there is none."""
+    old, new = _flat(json.loads(to_json(old))), _flat(json.loads(to_json(new)))
+    return {
+        path: (old.get(path, 'absent'), new.get(path, 'absent'))
+        for path in sorted(old.keys() | new.keys())
+        if old.get(path, 'absent') != new.get(path, 'absent')
+    }
+
+
+def _flat(value: Any, path: str = '') -> dict[str, Any]:
+    if isinstance(value, dict):
+        items = [(f'{path}.{key}' if path else key, item) for key, item in value.items()]
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        items = [(f'{path}[{i}]', item) for i, item in enumerate(value)]
+    else:
+        return {path: value}
+    return {key: leaf for name, item in items for key, leaf in _flat(item, name).items()}
+
+
+def epoch_steps(epochs: float, examples: int, batch_size: int) -> int:
+    """The number of steps after which `epochs` epochs are seen, at least one."""
+    return max(1, math.ceil(epochs * examples / batch_size - 1e-9))
