@@ -1,0 +1,134 @@
+"""What a run shows: a live line on a terminal, plain lines elsewhere, tables at the end."""
+
+import time
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from jaxcls import train as train_lib
+
+
+class Reporter:
+    """`fit`'s `on_event`: prints to standard output as the run goes."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.total = self.steps_left_at = 0
+        self.train: dict[str, Any] = {}
+        self.progress = Progress(
+            TextColumn('{task.description}'), BarColumn(), console=console, transient=True
+        )
+        self.task = self.progress.add_task('', total=None)
+
+    def __call__(self, event: dict[str, Any]):
+        if jax.process_index() == 0:
+            getattr(self, f'on_{event["kind"]}')(event)
+
+    def on_start(self, event):
+        run = event['run']
+        experiment, config = run.experiment, run.experiment.config
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(event['state'].params))
+        self.total, self.batch_size = experiment.total_steps, config.batch_size
+        self.first, self.begin = event['step'], time.perf_counter()
+        shape = 'x'.join(map(str, experiment.image_shape))
+        self.print(
+            f'{config.model.name} ({parameters:,} parameters) on {config.data.name}: '
+            f'{experiment.examples:,} images {shape}, {experiment.num_classes} classes, '
+            f'{self.total:,} steps of {config.batch_size} on {describe_devices(run.mesh)}, '
+            f'in {run.workdir}'
+        )
+        if event['step'] >= self.total:
+            self.print('This run is complete. Choose another --workdir to train again.')
+        elif event['step']:
+            self.print(f'Resuming after step {event["step"]:,}.')
+        if self.console.is_terminal:
+            self.progress.start()
+
+    def on_compiled(self, event):
+        self.begin += event['seconds']
+        if event['seconds'] > 10:
+            self.print(f'Compiled in {event["seconds"]:.1f} s.')
+
+    def on_progress(self, event):
+        if not self.console.is_terminal:
+            return
+        step = event['step']
+        speed = (step - self.first) / max(time.perf_counter() - self.begin, 1e-6)
+        left = (self.total - step) / max(speed, 1e-6)
+        parts = [f'step {step:,}/{self.total:,}']
+        if self.train:
+            parts += [f'loss {self.train["loss"]:.4f}', f'accuracy {self.train["top1"]:.2%}']
+        parts += [f'{speed * self.batch_size:,.0f} images/s', f'{_duration(left)} left']
+        self.progress.update(self.task, description='  '.join(parts), completed=step, total=self.total)
+
+    def on_train(self, event):
+        self.train = event
+        if not self.console.is_terminal:
+            self.print(self.line(event))
+
+    def on_validation(self, event):
+        self.print(self.line(event))
+
+    def on_checkpoint(self, event):
+        pass
+
+    def line(self, event) -> str:
+        """One record as a line of fixed columns."""
+        parts = [
+            f'{event["kind"]:<10} step {event["step"]:>{len(str(self.total))}}/{self.total}',
+            f'epoch {event["epoch"]:>7.2f}  loss {event["loss"]:.4f}  accuracy {event["top1"]:.2%}',
+        ]
+        if 'images_per_second' in event:
+            speed = event['images_per_second']
+            left = (self.total - event['step']) * self.batch_size / max(speed, 1e-6)
+            parts.append(f'{speed:,.0f} images/s  {_duration(left)} left')
+        if event.get('bad_steps'):
+            parts.append(f'{event["bad_steps"]} non-finite steps skipped')
+        return '  '.join(parts)
+
+    def print(self, text: str):
+        """One line, as it is."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self):
+        """Takes the live line away."""
+        self.progress.stop()
+
+
+def describe_devices(mesh) -> str:
+    """Such as '1 cpu' or '8 NVIDIA H100'."""
+    kinds = sorted({device.device_kind for device in mesh.devices.flat})
+    return f'{mesh.size} {", ".join(kinds)}'
+
+
+def result_table(result: train_lib.Result, summary: dict[str, Any]) -> Table:
+    """The end of a run: accuracy with its interval, the gap, where the files are."""
+    table = Table(show_header=False, title=f'Result of {result.workdir}', title_justify='left')
+    low, high = summary['top1_interval']
+    train = [record for record in result.records if record['kind'] == 'train']
+    rows = {
+        'validation accuracy': f'{summary["top1"]:.2%}  (95% interval {low:.2%} to {high:.2%})',
+        'best epoch': f'{summary["best_top1"]:.2%}',
+        'top-5 accuracy': f'{summary["top5"]:.2%}',
+        'macro F1, mean IoU': f'{summary["f1_macro"]:.4f}, {summary["iou_mean"]:.4f}',
+        'validation loss': f'{summary["loss"]:.4f}',
+    }
+    if train:
+        rows['training loss'] = f'{train[-1]["loss"]:.4f}'
+        rows['gap in accuracy'] = f'{train[-1]["top1"] - summary["top1"]:+.2%} training over validation'
+        skipped = sum(record['bad_steps'] for record in train)
+        if skipped:
+            rows['skipped steps'] = f'{skipped} were not finite'
+    rows['epochs, time'] = f'{summary["epoch"]:g}, {_duration(summary["seconds"])}'
+    rows['pictures'] = 'curves.png, confusion.png'
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(min(seconds, 359_999)), 60)
+    return f'{minutes // 60}:{minutes % 60:02}:{seconds:02}'

@@ -1,0 +1,78 @@
+"""One masked pass over a split: every example counts once, whatever the batch size or the devices."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcls import experiment as experiment_lib
+from jaxcls import metrics, pipeline, sharding
+
+Evaluator = Callable[[Any], metrics.Sums]
+
+
+def make_evaluator(experiment: experiment_lib.Experiment, split: str, mesh) -> Evaluator:
+    """Loads a split once and returns `evaluator(variables) -> sums`, compiled at its first call.
+
+    The sums are those of `metrics.batch_sums` and a `confusion` matrix int32 [K, K].
+    """
+    config = experiment.config
+    loaded = experiment_lib.load_split(config, split)
+    examples, batch_size = len(loaded.source), config.batch_size
+    sharding.check_batch_size(batch_size, mesh)
+    count = -(-examples // batch_size)
+    order = functools.partial(pipeline.evaluation_order, examples, batch_size)
+    reader = experiment_lib.make_reader(config, loaded, train=False)
+    feed = experiment_lib.make_feed(config, reader, order, mesh, count, train=False)
+    place = sharding.replicated(mesh)
+
+    @functools.partial(jax.jit, out_shardings=place)
+    def step(variables, data, items):
+        batch = feed.fetch(data, jax.tree.map(lambda x: x[0], items))
+        return batch_sums(experiment, variables, batch)
+
+    def evaluator(variables):
+        parts = (step(variables, feed.data, feed.items(i, 1)) for i in range(count))
+        return functools.reduce(metrics.add, parts)
+
+    return evaluator
+
+
+def batch_sums(experiment: experiment_lib.Experiment, variables, batch) -> metrics.Sums:
+    """The masked sums of one raw batch in evaluation mode."""
+    logits = experiment.predict(variables, batch['image'])
+    target = jax.nn.one_hot(batch['label'], experiment.num_classes, dtype=jnp.float32)
+    loss = experiment.loss(logits, target)
+    sums = metrics.batch_sums(logits, batch['label'], loss, batch['mask'])
+    return {**sums, 'confusion': metrics.confusion(logits, batch['label'], batch['mask'])}
+
+
+def evaluate(workdir: str | Path, split: str = '', checkpoint: str = 'latest') -> dict[str, Any]:
+    """Metrics of a trained run on a split.
+
+    Args:
+      workdir: of the run.
+      split: such as 'test' or 'train[:1000]'; '' is the run's validation split.
+      checkpoint: 'latest', 'best' or a step.
+
+    Returns:
+      `metrics.summarize`'s numbers with `split`, `step`, `top1_interval` (Wilson, 95%), `confusion`
+      and `class_names`.
+
+    Raises:
+      UserError: no run, no checkpoint or no such split.
+    """
+    run = experiment_lib.open_run(workdir, checkpoint)
+    split = split or run.experiment.config.data.validation
+    sums = jax.device_get(make_evaluator(run.experiment, split, run.mesh)(run.variables))
+    return {
+        'split': split,
+        'step': run.step,
+        **metrics.summarize(sums),
+        'top1_interval': metrics.wilson_interval(int(sums['top1']), int(sums['examples'])),
+        'confusion': sums['confusion'].tolist(),
+        'class_names': list(run.class_names),
+    }

@@ -1,0 +1,252 @@
+"""A config made into what it names: data, model, losses, optimiser and the compiled functions' parts.
+
+The only module that reads a config's sections. Training, evaluation and every command after training
+build on it, so that a run means the same wherever it is opened.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jaxcls import (
+    augment,
+    datasets,
+    losses,
+    optimizers,
+    pipeline,
+    registry,
+    schedules,
+    sharding,
+    steps,
+)
+from jaxcls import config as config_lib
+from jaxcls import workdir as workdir_lib
+from jaxcls.errors import UserError
+from jaxcls.models import MODELS
+
+TABLES = {
+    'model': MODELS,
+    'loss': losses.LOSSES,
+    'optimizer': optimizers.OPTIMIZERS,
+    'schedule': schedules.SCHEDULES,
+    'augment': augment.AUGMENTATIONS,
+}
+# Names of config.precision to (computation, parameters).
+_DTYPES = {
+    'float32': (jnp.float32, jnp.float32),
+    'mixed': (jnp.bfloat16, jnp.float32),
+    'bfloat16': (jnp.bfloat16, jnp.bfloat16),
+}
+
+
+class Experiment(NamedTuple):
+    """Everything that a config and the shape of its data decide, and no arrays.
+
+    Attributes:
+      config: complete and locked.
+      image_shape: (H, W, C).
+      num_classes: K.
+      examples: of the training split.
+      model: the network.
+      tx: the Optax chain.
+      learning_rate: step -> rate.
+      train_step: `(state, raw batch) -> (state, sums)`.
+      predict: `(variables, uint8 images) -> logits`.
+      loss: `(logits, target) -> [B]`.
+      total_steps: of the whole run.
+    """
+
+    config: ConfigDict
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    examples: int
+    model: nn.Module
+    tx: optax.GradientTransformationExtraArgs
+    learning_rate: Callable
+    train_step: Callable
+    predict: Callable
+    loss: Callable
+    total_steps: int
+
+    def steps(self, epochs: float) -> int:
+        """Epochs to steps."""
+        return config_lib.epoch_steps(epochs, self.examples, self.config.batch_size)
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """A complete, checked and locked copy.
+
+    Raises:
+      UserError: the first mistake in it.
+    """
+    config = ConfigDict(config.to_dict() if isinstance(config, ConfigDict) else config)
+    config_lib.validate(config)
+    config_lib.complete(config, TABLES)
+    augment.make_augment(config.augment)
+    losses.make_loss(**config.loss)
+    return config.lock()
+
+
+def load_split(config: ConfigDict, split: str) -> datasets.Split:
+    """A split of the config's data set, its image size checked."""
+    data = config.data
+    loaded = datasets.load(data.name, split, data.dir, config.seed)
+    pipeline.check_size(loaded, data.image_size)
+    return loaded
+
+
+def make_reader(config: ConfigDict, split: datasets.Split, train: bool) -> pipeline.Reader:
+    """How the config wants images decoded; random crops in training only."""
+    data = config.data
+    crop = data.crop if train else 'center'
+    return pipeline.Reader(split, data.image_size, crop, data.crop_fraction, config.seed)
+
+
+def make_feed(
+    config: ConfigDict, reader: pipeline.Reader, order, mesh: Mesh, steps_: int, train: bool
+) -> pipeline.Feed:
+    """The resident or streamed feed that the config asks for."""
+    if pipeline.choose(config.data.pipeline, reader, train) == 'resident':
+        return pipeline.resident(reader, order, mesh)
+    return pipeline.stream(reader, order, mesh, steps_, config.data.workers)
+
+
+def build(config: ConfigDict, image_shape, num_classes: int, examples: int) -> Experiment:
+    """Composes a resolved config for images of shape (H, W, C), K classes and N training examples.
+
+    Raises:
+      UserError: a value that does not fit the model, the data or the length of the run.
+    """
+    dtype, param_dtype = _DTYPES[config.precision]
+    data = config.data
+    augment.check_normalization(data.mean, data.std, image_shape[2])
+    model = registry.bind(MODELS, 'model', **config.model)(
+        num_classes=num_classes, dtype=dtype, param_dtype=param_dtype
+    )
+    total_steps = config_lib.epoch_steps(config.epochs, examples, config.batch_size)
+    learning_rate = schedules.make_schedule(
+        **config.schedule,
+        learning_rate=config.learning_rate,
+        total_steps=total_steps,
+        steps_per_epoch=examples / config.batch_size,
+        warmup_epochs=config.warmup_epochs,
+    )
+    tx = optimizers.make_optimizer(
+        **config.optimizer,
+        schedule=learning_rate,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        adaptive_clip=config.adaptive_clip,
+    )
+    loss = losses.make_loss(**config.loss)
+    gradients = steps.plain_gradients
+    if config.accumulate_steps > 1:
+        gradients = steps.accumulated_gradients(config.accumulate_steps, gradients)
+    if config.sam_rho:
+        gradients = steps.sam_gradients(config.sam_rho, gradients)
+    train_step = steps.make_train_step(
+        steps.make_prepare(
+            augment.make_augment(config.augment), data.mean, data.std, num_classes, dtype
+        ),
+        steps.make_objective(model, loss, config.l1, config.l2),
+        gradients,
+        tx,
+        config.ema_decay,
+    )
+    predict = steps.make_predict(model, data.mean, data.std)
+    return Experiment(
+        config, tuple(image_shape), num_classes, examples, model, tx, learning_rate, train_step,
+        predict, loss, total_steps,
+    )  # fmt: skip
+
+
+def init(experiment: Experiment, seed: jax.Array | int) -> steps.TrainState:
+    """A fresh state; pure, to be compiled or only traced."""
+    return steps.init_state(
+        experiment.model,
+        experiment.tx,
+        jax.random.key(seed),
+        experiment.image_shape,
+        experiment.config.ema_decay,
+    )
+
+
+def abstract_state(experiment: Experiment, mesh: Mesh) -> steps.TrainState:
+    """Shapes, dtypes and shardings of a state, without computing any."""
+    shapes = jax.eval_shape(lambda: init(experiment, 0))
+    placed = sharding.state_sharding(shapes, mesh, experiment.config.parameters)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        placed,
+    )
+
+
+def initial_state(experiment: Experiment, abstract: steps.TrainState) -> steps.TrainState:
+    """The state of step 0, placed on the devices."""
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(lambda: init(experiment, experiment.config.seed), out_shardings=placed)()
+
+
+def abstract_checkpoint(experiment: Experiment, mesh: Mesh) -> tuple[steps.TrainState, Any]:
+    """Shapes of what a checkpoint holds: the state, and the training sums since the last log line."""
+    abstract = abstract_state(experiment, mesh)
+    _, sums = jax.eval_shape(experiment.train_step, abstract, raw_batch(experiment))
+    place = sharding.replicated(mesh)
+    return abstract, jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), sums
+    )
+
+
+def raw_batch(experiment: Experiment, batch_size: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a raw batch of `pipeline.Feed`."""
+    size = batch_size or experiment.config.batch_size
+    row = {'label': jnp.int32, 'index': jnp.int32, 'epoch': jnp.int32, 'mask': jnp.bool_}
+    shapes = {name: jax.ShapeDtypeStruct((size,), dtype) for name, dtype in row.items()}
+    return {**shapes, 'image': jax.ShapeDtypeStruct((size, *experiment.image_shape), jnp.uint8)}
+
+
+class Run(NamedTuple):
+    """A run opened after training: its config, its model and one checkpoint's variables."""
+
+    experiment: Experiment
+    variables: Any
+    step: int
+    class_names: tuple[str, ...]
+    mesh: Mesh
+
+
+def open_run(directory: str | Path, checkpoint: str = 'latest') -> Run:
+    """Opens a workdir to evaluate, predict or explain; nothing in it is executed or changed.
+
+    Args:
+      checkpoint: 'latest', 'best' (by validation accuracy) or a step.
+
+    Raises:
+      UserError: no run there, no such checkpoint, or none intact.
+    """
+    directory = Path(directory)
+    config = resolve(workdir_lib.read_config(directory))
+    data = workdir_lib.read_json(directory / 'data.json')
+    mesh = sharding.make_mesh()
+    experiment = build(
+        config, data['image_shape'], len(data['class_names']), data['examples'][config.data.train]
+    )
+    like = abstract_checkpoint(experiment, mesh)
+    checkpoints = workdir_lib.Checkpoints(directory, config.keep_checkpoints, read_only=True)
+    try:
+        step = checkpoints.find(checkpoint, workdir_lib.read_metrics(directory))
+        restored = checkpoints.restore(like, step)
+    finally:
+        checkpoints.close()
+    if restored is None:
+        raise UserError(f'{directory} has no checkpoint yet. Train on: repeat its `jaxcls train`.')
+    variables = steps.evaluation_variables(restored.tree[0])
+    return Run(experiment, variables, restored.step, tuple(data['class_names']), mesh)

@@ -1,0 +1,293 @@
+"""Batches of a split: `resident` keeps the split in device memory, `stream` reads it as it goes.
+
+Batch *i* is a pure function of (seed, step, process), whatever the pipeline and the number of
+workers, so there is no iterator state to save. Training draws from the concatenation of each epoch's
+permutation: every example once an epoch, every batch full; a batch that crosses the end of an epoch
+takes its last examples from the next one. Evaluation goes through a split in order, padded and masked.
+"""
+
+import functools
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from jaxcls import datasets, sharding
+from jaxcls.errors import UserError
+from jaxcls.sources import ArraySource
+
+# A split above this size, decoded, is streamed under `pipeline='auto'`.
+RESIDENT_LIMIT = 4 * 2**30  # bytes
+# Part of the cache key: raise it when decoding or resizing changes what a pixel is.
+_CACHE_VERSION = 1
+# Below this many images, starting worker processes costs more than it saves.
+_MIN_PARALLEL = 10_000
+
+VARYING_SIZES = (
+    'The images of this data set differ in size: set config.data.image_size, the pixels of the '
+    'squares to crop and resize them to, such as --config.data.image_size=128.'
+)
+
+Order = Callable[[int], dict[str, np.ndarray]]
+
+
+class Feed(NamedTuple):
+    """What a compiled program reads its batches from.
+
+    Attributes:
+      data: arrays on the device that every call is given; never donated.
+      items: `items(step, count)` returns device arrays with a leading axis of `count` steps.
+      fetch: pure, under jit: `fetch(data, item)` makes one item a raw batch with `image` uint8
+        [B, H, W, C], `label` int32 [B], `mask` bool [B] (False: padding), `index` int32 [B] (place in
+        the split) and `epoch` int32 [B].
+    """
+
+    data: Any
+    items: Callable[[int, int], Any]
+    fetch: Callable[[Any, Any], dict[str, jax.Array]]
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(seed: int, epoch: int, examples: int) -> np.ndarray:
+    """The order of the examples in one epoch: int64 [examples]."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(examples)
+
+
+def training_order(seed: int, examples: int, batch_size: int, step: int) -> dict[str, np.ndarray]:
+    """Which examples the global batch of a step holds: `index`, `epoch` int32 [B], `mask` bool [B]."""
+    position = np.arange(step * batch_size, (step + 1) * batch_size)
+    epoch, place = np.divmod(position, examples)
+    index = np.empty(batch_size, np.int32)
+    for e in np.unique(epoch):
+        index[epoch == e] = permutation(seed, int(e), examples)[place[epoch == e]]
+    return {'index': index, 'epoch': epoch.astype(np.int32), 'mask': np.ones(batch_size, bool)}
+
+
+def evaluation_order(examples: int, batch_size: int, step: int) -> dict[str, np.ndarray]:
+    """Like `training_order`: the split in order, once, the last batch padded with `mask` False."""
+    position = np.arange(step * batch_size, (step + 1) * batch_size)
+    mask = position < examples
+    index = np.where(mask, position, 0).astype(np.int32)
+    return {'index': index, 'epoch': np.zeros(batch_size, np.int32), 'mask': mask}
+
+
+class Reader(NamedTuple):
+    """Decodes and sizes one image of a split; picklable, for worker processes.
+
+    Attributes:
+      split: the data.
+      size: pixels of the square result; 0 keeps images as they are.
+      crop: 'center' or 'random_resized'.
+      crop_fraction: of the short side, that a centre crop keeps.
+      seed: of the random crops.
+    """
+
+    split: datasets.Split
+    size: int = 0
+    crop: str = 'center'
+    crop_fraction: float = 1.0
+    seed: int = 0
+
+    def __call__(self, index: int, position: int = 0) -> tuple[np.ndarray, int]:
+        """Returns the image, uint8 [H, W, C], and its label; `position` keys the random crop."""
+        encoded, label = self.split.source[index]
+        image = datasets.decode(encoded, self.split.shape[2])
+        if self.size and self.crop == 'random_resized':
+            rng = np.random.Generator(np.random.Philox(key=[self.seed, position]))
+            image = resize(image, self.shape[:2], random_box(rng, *image.shape[:2]))
+        elif self.size:
+            box = center_box(*image.shape[:2], self.crop_fraction)
+            image = resize(image, self.shape[:2], box)
+        return image, label
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of every image it returns."""
+        height, width, channels = self.split.shape
+        return (self.size or height, self.size or width, channels)
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+
+
+def center_box(height: int, width: int, fraction: float) -> Box:
+    """The square in the middle, `fraction` of the short side wide."""
+    side = min(height, width) * fraction
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def random_box(rng: np.random.Generator, height: int, width: int) -> Box:
+    """A box of 8% to 100% of the area and an aspect of 3/4 to 4/3 (Szegedy et al. 2015, 'Going deeper')."""
+    for _ in range(10):
+        area = height * width * rng.uniform(0.08, 1.0)
+        aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
+            return float(left), float(top), float(left + w), float(top + h)
+    return center_box(height, width, 1.0)
+
+
+def resize(image: np.ndarray, size: tuple[int, int], box: Box) -> np.ndarray:
+    """The box of a uint8 image [H, W, C] as [*size, C], through an antialiased triangle filter."""
+    if image.shape[:2] == size and box == (0, 0, size[1], size[0]):
+        return image
+    picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+    resized = picture.resize(size[::-1], Image.Resampling.BILINEAR, box=box)
+    return np.asarray(resized).reshape(*size, image.shape[-1])
+
+
+def check_size(split: datasets.Split, image_size: int):
+    """Raises UserError where images of different sizes would have to share a batch."""
+    if not image_size and not split.shape[0]:
+        raise UserError(VARYING_SIZES)
+
+
+def choose(pipeline: str, reader: Reader, train: bool) -> str:
+    """'resident' or 'stream' for `pipeline='auto'`, by size; otherwise the pipeline itself."""
+    if pipeline != 'auto':
+        return pipeline
+    size = len(reader.split.source) * int(np.prod(reader.shape))
+    random_crop = train and reader.crop == 'random_resized'
+    return 'stream' if random_crop or size > RESIDENT_LIMIT else 'resident'
+
+
+def load_arrays(reader: Reader) -> tuple[np.ndarray, np.ndarray]:
+    """A whole split as images uint8 [N, H, W, C] and labels int32 [N].
+
+    It is decoded once, on all cores, and kept as a file under `$JAXCLS_CACHE` (else ~/.cache/jaxcls),
+    named after the fingerprint of the data; later calls map that file.
+    """
+    source = reader.split.source
+    if isinstance(source, ArraySource) and not reader.size:
+        return np.asarray(source.images), np.asarray(source.labels, np.int32)
+    cached = _cache_root() / _cache_key(reader)
+    if not cached.exists():
+        _decode_to(cached, reader)
+    return np.load(cached / 'images.npy', mmap_mode='r'), np.load(cached / 'labels.npy')
+
+
+def _cache_root() -> Path:
+    return Path(os.environ.get('JAXCLS_CACHE') or Path.home() / '.cache' / 'jaxcls') / 'splits'
+
+
+def _cache_key(reader: Reader) -> str:
+    parts = (_CACHE_VERSION, reader.split.fingerprint, reader.shape, reader.crop_fraction)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+def _decode_to(directory: Path, reader: Reader):
+    """Writes the arrays beside the directory and renames at the end: broken off, nothing is left."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix='.part-', dir=directory.parent))
+    examples = len(reader.split.source)
+    try:
+        shape = (examples, *reader.shape)
+        images = np.lib.format.open_memmap(part / 'images.npy', 'w+', np.uint8, shape)
+        labels = np.empty(examples, np.int32)
+        workers = (os.cpu_count() or 1) if examples >= _MIN_PARALLEL else 0
+        dataset = grain.MapDataset.range(examples).map(_Numbered(reader)).batch(256)
+        console = Console(stderr=True)
+        for batch in track(
+            _iterate(dataset, workers),
+            f'Decoding {examples:,} images, once',
+            total=len(dataset),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        ):
+            images[batch['index']], labels[batch['index']] = batch['image'], batch['label']
+        images.flush()
+        np.save(part / 'labels.npy', labels)
+        if not directory.exists():
+            part.rename(directory)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+class _Numbered(NamedTuple):
+    """An example by its index."""
+
+    reader: Reader
+
+    def __call__(self, index: int) -> dict[str, Any]:
+        image, label = self.reader(index)
+        return {'image': image, 'label': np.int32(label), 'index': index}
+
+
+class _Ordered(NamedTuple):
+    """An example by its place in the sequence of all batches of this process."""
+
+    reader: Reader
+    order: Order
+    rows: slice
+
+    def __call__(self, position: int) -> dict[str, Any]:
+        step, row = divmod(position, self.rows.stop - self.rows.start)
+        row += self.rows.start
+        batch = self.order(step)
+        place = step * len(batch['index']) + row
+        image, label = self.reader(batch['index'][row], place)
+        return {'image': image, 'label': np.int32(label), **{k: v[row] for k, v in batch.items()}}
+
+
+def _iterate(dataset: grain.MapDataset, workers: int):
+    """The elements in order, read ahead by threads, or by worker processes."""
+    elements = dataset.to_iter_dataset(grain.ReadOptions(num_threads=8, prefetch_buffer_size=8))
+    if workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which we have none of
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        elements = elements.mp_prefetch(options)
+    return iter(elements)
+
+
+def resident(reader: Reader, order: Order, mesh: Mesh) -> Feed:
+    """A feed over a split in device memory: the host sends indices, the program gathers."""
+    images, labels = load_arrays(reader)
+    data = jax.device_put((images, labels), sharding.replicated(mesh))
+    return Feed(data, functools.partial(_index_items, order, mesh), _gather)
+
+
+def _index_items(order: Order, mesh: Mesh, step: int, count: int):
+    batches = [order(s) for s in range(step, step + count)]
+    rows = sharding.local_rows(len(batches[0]['index']))
+    stacked = {key: np.stack([batch[key][rows] for batch in batches]) for key in batches[0]}
+    return sharding.put_local(stacked, sharding.split_batch(mesh, axis=1))
+
+
+def _gather(data, item):
+    images, labels = data
+    return {'image': images[item['index']], 'label': labels[item['index']], **item}
+
+
+def stream(reader: Reader, order: Order, mesh: Mesh, steps: int, workers: int = 0) -> Feed:
+    """A feed that reads ahead in threads or worker processes, in constant host memory."""
+    rows = sharding.local_rows(len(order(0)['index']))
+    local = rows.stop - rows.start
+    place = sharding.split_batch(mesh, axis=1)
+    state = {'next': -1, 'batches': iter(())}
+
+    def items(step: int, count: int):
+        if step != state['next']:
+            positions = grain.MapDataset.range(step * local, steps * local)
+            dataset = positions.map(_Ordered(reader, order, rows)).batch(local)
+            state['batches'] = _iterate(dataset, workers)
+        batches = [next(state['batches']) for _ in range(count)]
+        state['next'] = step + count
+        return sharding.put_local(jax.tree.map(lambda *rows: np.stack(rows), *batches), place)
+
+    return Feed((), items, lambda _, item: item)

@@ -1,0 +1,85 @@
+"""Where arrays live: processes, the mesh of devices, batches split and parameters copied or split."""
+
+import os
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxcls.errors import UserError
+
+# FSDP leaves arrays below this many elements whole: gathering them costs more than storing them.
+MIN_SHARDED_SIZE = 2**14
+
+
+def start_processes():
+    """Joins the processes of a run on many hosts, found in the environment; one process: does nothing.
+
+    Read are JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, or what SLURM, Open MPI
+    and TPU pods set, which `jax.distributed` understands by itself.
+    """
+    env = os.environ
+    if 'JAX_COORDINATOR_ADDRESS' in env and 'JAX_NUM_PROCESSES' in env:
+        jax.distributed.initialize(
+            env['JAX_COORDINATOR_ADDRESS'],
+            num_processes=int(env['JAX_NUM_PROCESSES']),
+            process_id=int(env['JAX_PROCESS_ID']),
+        )
+        return
+    tasks = max(int(env.get(name, 1)) for name in ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE'))
+    if tasks > 1 or ',' in env.get('TPU_WORKER_HOSTNAMES', ''):
+        jax.distributed.initialize()
+
+
+def make_mesh(devices=None) -> Mesh:
+    """A mesh with one axis, 'data', over all devices of all processes."""
+    devices = jax.devices() if devices is None else devices
+    return Mesh(np.asarray(devices), ('data',), axis_types=(AxisType.Auto,))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, accumulate_steps: int = 1):
+    """Raises UserError unless every device gets the same number of examples."""
+    parts = mesh.size * accumulate_steps
+    if batch_size % parts:
+        raise UserError(
+            f'config.batch_size {batch_size} cannot be divided over {mesh.size} devices times '
+            f'{accumulate_steps} accumulated steps; choose a multiple of {parts}, such as '
+            f'{-(-batch_size // parts) * parts}.'
+        )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """One axis split over the devices, the others whole."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, 'data'))
+
+
+def state_sharding(shapes, mesh: Mesh, placement: str):
+    """A sharding a leaf: copied everywhere, or, for 'fsdp', split along the largest axis that divides.
+
+    Splitting parameters and optimiser state over the devices that split the batch is fully sharded
+    data parallelism (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054); XLA adds the gathers.
+    """
+
+    def leaf_sharding(leaf):
+        axes = [axis for axis, size in enumerate(leaf.shape) if size % mesh.size == 0 and size]
+        if placement == 'replicated' or leaf.size < MIN_SHARDED_SIZE or not axes:
+            return replicated(mesh)
+        return split_batch(mesh, max(axes, key=lambda axis: leaf.shape[axis]))
+
+    return jax.tree.map(leaf_sharding, shapes)
+
+
+def put_local(tree, sharding: NamedSharding):
+    """Global arrays from each process's own rows."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+
+
+def local_rows(batch_size: int) -> slice:
+    """The rows of a global batch that this process reads."""
+    size = batch_size // jax.process_count()
+    return slice(jax.process_index() * size, (jax.process_index() + 1) * size)

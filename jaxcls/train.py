@@ -1,0 +1,381 @@
+"""`fit(config, workdir)`: the training loop around one compiled program.
+
+Between two events (a log line, a validation, a checkpoint) nothing waits for the device. What happens
+at a step depends on the step alone, and a checkpoint holds the state with the sums not logged yet: so
+a run that is killed anywhere resumes to the same bits and the same log.
+"""
+
+import collections
+import contextlib
+import functools
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+from tensorboardX import SummaryWriter
+
+from jaxcls import evaluation
+from jaxcls import experiment as experiment_lib
+from jaxcls import metrics, pipeline, sharding, steps
+from jaxcls import report as report_lib
+from jaxcls import workdir as workdir_lib
+from jaxcls.errors import UserError
+
+# On an accelerator so many steps are one program; on CPU one is, see `steps.make_run_steps`.
+_STEPS_PER_CALL = 50
+# Calls that may be under way on the device: enough to keep it busy, few enough to stop soon.
+_CALLS_AHEAD = 2
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+class Result(NamedTuple):
+    """What `fit` returns.
+
+    Attributes:
+      metrics: the last validation record.
+      records: every record of metrics.jsonl.
+      state: the final state.
+      stopped: 'done', 'early' (no better validation loss), 'SIGINT' or 'SIGTERM'.
+      workdir: of the run.
+    """
+
+    metrics: dict[str, Any]
+    records: list[dict[str, Any]]
+    state: steps.TrainState
+    stopped: str
+    workdir: Path
+
+
+class _Run(NamedTuple):
+    """What stays the same during a run."""
+
+    experiment: experiment_lib.Experiment
+    mesh: jax.sharding.Mesh
+    workdir: Path
+    checkpoints: workdir_lib.Checkpoints
+    evaluator: evaluation.Evaluator
+    feed: pipeline.Feed
+    like: Any  # shapes and shardings of (state, totals)
+    events: '_Events'
+    clock: '_Clock'
+    writer: SummaryWriter | None  # of the first process
+    on_event: OnEvent
+
+
+def fit(
+    config: ConfigDict, workdir: str | Path, on_event: OnEvent = lambda event: None
+) -> Result:
+    """Trains a config in a directory, or goes on with the run that is there.
+
+    Args:
+      config: as from `jaxcls.config.get_config()`.
+      workdir: of this run alone; made where it is missing.
+      on_event: called with each event, a dict whose `kind` is 'start', 'compiled', 'progress',
+        'train', 'validation' or 'checkpoint'.
+
+    Raises:
+      UserError: a mistake in the config, the data or the directory, found before anything is
+        compiled; or a loss that stays non-finite.
+    """
+    workdir = Path(workdir)
+    config = experiment_lib.resolve(config)
+    mesh = sharding.make_mesh()
+    sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
+    train, validation = (
+        experiment_lib.load_split(config, split)
+        for split in (config.data.train, config.data.validation)
+    )
+    _check_classes(train.class_names, validation.class_names)
+    reader = experiment_lib.make_reader(config, train, train=True)
+    experiment = experiment_lib.build(
+        config, reader.shape, len(train.class_names), len(train.source)
+    )
+    like = experiment_lib.abstract_checkpoint(experiment, mesh)
+    with workdir_lib.locked(workdir), contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            workdir_lib.start(workdir, config)
+            sizes = {config.data.train: len(train.source), config.data.validation: len(validation.source)}
+            data = {'class_names': train.class_names, 'image_shape': reader.shape, 'examples': sizes}
+            workdir_lib.write_json(workdir / 'data.json', data)
+        checkpoints = workdir_lib.Checkpoints(workdir, config.keep_checkpoints)
+        stack.callback(checkpoints.close)
+        restored = checkpoints.restore(like)
+        history = _rewind(workdir, restored.step if restored else 0)
+        writer = None
+        if jax.process_index() == 0:
+            writer = SummaryWriter(str(workdir), purge_step=restored.step + 1 if restored else None)
+            stack.callback(writer.close)
+        order = functools.partial(
+            pipeline.training_order, config.seed, experiment.examples, config.batch_size
+        )
+        run = _Run(
+            experiment=experiment,
+            mesh=mesh,
+            workdir=workdir,
+            checkpoints=checkpoints,
+            evaluator=evaluation.make_evaluator(experiment, config.data.validation, mesh),
+            feed=experiment_lib.make_feed(
+                config, reader, order, mesh, experiment.total_steps, train=True
+            ),
+            like=like,
+            events=_Events.of(experiment),
+            clock=_Clock(history[-1]['seconds'] if history else 0.0),
+            writer=writer,
+            on_event=on_event,
+        )
+        return _finish(run, *_train(run, restored, history))
+
+
+def _check_classes(train: tuple[str, ...], validation: tuple[str, ...]):
+    if train != validation:
+        raise UserError(
+            f'The training split has {len(train)} classes and the validation split '
+            f'{len(validation)}; only in training: {sorted(set(train) - set(validation))[:5]}, only '
+            f'in validation: {sorted(set(validation) - set(train))[:5]}. Give both the same classes.'
+        )
+
+
+def _rewind(workdir: Path, step: int) -> list[dict[str, Any]]:
+    """The records up to a step; the log is cut there."""
+    if jax.process_index() == 0:
+        workdir_lib.rewind_metrics(workdir, step)
+    return [record for record in workdir_lib.read_metrics(workdir) if record['step'] <= step]
+
+
+class _Events(NamedTuple):
+    """The steps after which something is logged, validated or saved."""
+
+    log: set[int]
+    validate: set[int]
+    checkpoint: set[int]
+    steps_per_call: int
+
+    @classmethod
+    def of(cls, experiment: experiment_lib.Experiment) -> '_Events':
+        config, total = experiment.config, experiment.total_steps
+
+        def every(epochs):
+            count = int(total / experiment.steps(epochs)) + 1
+            steps_ = {experiment.steps(i * epochs) for i in range(1, count + 1)}
+            return {step for step in steps_ if step < total} | {total}
+
+        validate = every(config.validate_every_epochs)
+        log = set(range(config.log_every_steps, total, config.log_every_steps)) | validate
+        per_call = config.steps_per_call
+        if not per_call:
+            per_call = 1 if jax.default_backend() == 'cpu' else _STEPS_PER_CALL
+        return cls(log, validate, every(config.checkpoint_every_epochs), per_call)
+
+    def next_call(self, step: int) -> int:
+        """How many steps to run as one program: all of a call, or one before an event in between."""
+        size = self.steps_per_call
+        events = self.log | self.checkpoint if size > 1 else ()
+        return 1 if any(step < event < step + size for event in events) else size
+
+
+class _Clock:
+    """Wall time: of the whole run, and of training alone between two log lines."""
+
+    def __init__(self, seconds: float):
+        self.begin = time.perf_counter() - seconds
+        self.mark, self.paused = time.perf_counter(), 0.0
+
+    def seconds(self) -> float:
+        """Since the run began, over all its restarts."""
+        return time.perf_counter() - self.begin
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Leaves something out of the training time."""
+        begin = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - begin
+
+    def lap(self) -> float:
+        """Training seconds since the last lap."""
+        now = time.perf_counter()
+        lap, self.mark, self.paused = now - self.mark - self.paused, now, 0.0
+        return lap
+
+
+class _Signals:
+    """Ctrl-C and SIGTERM as a flag, so that the step under way is finished and saved."""
+
+    def __enter__(self):
+        self.name, self.previous = '', {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number, _frame):
+        self.name = signal.Signals(number).name
+        signal.signal(number, self.previous[number])  # a second one ends at once
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def received(self, together: bool) -> str:
+        """The signal's name or ''; several processes ask each other, where all are together."""
+        if jax.process_count() == 1:
+            return self.name
+        if not together:
+            return ''
+        anyone = multihost_utils.process_allgather(jnp.int32(bool(self.name))).any()
+        return (self.name or 'SIGTERM') if anyone else ''
+
+
+def _train(run: _Run, restored, history) -> tuple[steps.TrainState, list[dict[str, Any]], str]:
+    """From the restored or the first step to the last, an early stop or a signal."""
+    experiment, events = run.experiment, run.events
+    zeros = _make_zeros(run.like[1])
+    state, totals = (
+        restored.tree
+        if restored
+        else (experiment_lib.initial_state(experiment, run.like[0]), zeros())
+    )
+    step = restored.step if restored else 0
+    run.on_event({'kind': 'start', 'step': step, 'run': run, 'state': state})
+    advance = _make_advance(run)
+    early = _gives_up(experiment, history)
+    with _Signals() as signals:
+        while step < experiment.total_steps and not early:
+            count = events.next_call(step)
+            state, totals = advance(step, count, state, totals)
+            step += count
+            run.on_event({'kind': 'progress', 'step': step})
+            if step in events.log:
+                history.append(_log(run, step, state, totals))
+                totals = zeros()
+            if step in events.validate:
+                history.append(_validate(run, step, state))
+                early = _gives_up(experiment, history)
+            name = signals.received(step in events.log)
+            if step in events.checkpoint or early or name:
+                _save(run, step, (state, totals), history)
+            if name:
+                return state, history, name
+    return state, history, 'early' if early else 'done'
+
+
+def _make_zeros(like) -> Callable:
+    places = jax.tree.map(lambda leaf: leaf.sharding, like)
+    zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)  # noqa: E731
+    return jax.jit(zeros, out_shardings=places)
+
+
+def _make_advance(run: _Run) -> Callable:
+    """`advance(step, count, state, totals)`: runs `count` steps, compiling at the first call of a count."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, run.like)
+    run_steps = jax.jit(
+        steps.make_run_steps(run.experiment.train_step, run.feed.fetch),
+        donate_argnums=0,
+        out_shardings=places,
+    )
+    programs, ahead = {}, collections.deque()
+
+    def advance(step, count, state, totals):
+        args = (state, totals, run.feed.data, run.feed.items(step, count))
+        if count not in programs:
+            with run.clock.pause():
+                begin = time.perf_counter()
+                programs[count] = run_steps.lower(*args).compile()
+                seconds = time.perf_counter() - begin
+            run.on_event({'kind': 'compiled', 'steps': count, 'seconds': seconds})
+        state, totals = programs[count](*args)
+        ahead.append(totals)
+        if len(ahead) > _CALLS_AHEAD:
+            jax.block_until_ready(ahead.popleft())
+        return state, totals
+
+    return advance
+
+
+def _gives_up(experiment: experiment_lib.Experiment, history: list[dict[str, Any]]) -> bool:
+    """Whether the validation loss has had no new minimum for `early_stopping_epochs`."""
+    patience = experiment.config.early_stopping_epochs
+    validations = [record for record in history if record['kind'] == 'validation']
+    if not (patience and validations):
+        return False
+    best = min(validations, key=lambda record: record['loss'])
+    return validations[-1]['step'] - best['step'] >= experiment.steps(patience)
+
+
+def _log(run: _Run, step: int, state: steps.TrainState, totals) -> dict[str, Any]:
+    """Writes the training metrics since the last log line."""
+    totals, bad_in_a_row = jax.device_get((totals, state.bad_steps))
+    record = {
+        'kind': 'train',
+        **_place(run, step),
+        **metrics.summarize(totals),
+        'learning_rate': float(run.experiment.learning_rate(step - 1)),
+        'bad_steps': int(totals['bad_steps']),
+        'images_per_second': round(int(totals['examples']) / run.clock.lap(), 1),
+    }
+    _write(run, record)
+    limit = run.experiment.config.max_bad_steps
+    if bad_in_a_row >= limit:
+        run.checkpoints.wait()
+        raise UserError(
+            f'Stopped at step {step}: the loss or its gradient has not been finite in the last '
+            f'{bad_in_a_row} steps, since step {step - bad_in_a_row + 1} '
+            f'(config.max_bad_steps={limit}). The last good checkpoint is of step '
+            f'{run.checkpoints.manager.latest_step()} in {run.workdir}. Try a lower '
+            'config.learning_rate, config.clip_norm=1.0 or a longer config.warmup_epochs.'
+        )
+    return record
+
+
+def _validate(run: _Run, step: int, state: steps.TrainState) -> dict[str, Any]:
+    with run.clock.pause():
+        sums = jax.device_get(run.evaluator(steps.evaluation_variables(state)))
+        summary = metrics.summarize(sums)
+    record = {'kind': 'validation', **_place(run, step), **summary}
+    _write(run, record)
+    return record
+
+
+def _place(run: _Run, step: int) -> dict[str, Any]:
+    epoch = step * run.experiment.config.batch_size / run.experiment.examples
+    return {'step': step, 'epoch': round(epoch, 4), 'seconds': round(run.clock.seconds(), 3)}
+
+
+def _write(run: _Run, record: dict[str, Any]):
+    run.on_event(record)
+    if not run.writer:
+        return
+    workdir_lib.append_metrics(run.workdir, record)
+    for name, value in record.items():
+        if name not in ('kind', 'step'):
+            run.writer.add_scalar(f'{name}/{record["kind"]}', value, record['step'])
+
+
+def _save(run: _Run, step: int, tree, history: list[dict[str, Any]]):
+    with run.clock.pause():
+        latest = history[-1] if history else {}
+        scored = latest.get('kind') == 'validation' and latest['step'] == step
+        run.checkpoints.save(step, tree, {'top1': latest['top1']} if scored else None)
+    run.on_event({'kind': 'checkpoint', 'step': step})
+
+
+def _finish(run: _Run, state, history, stopped: str) -> Result:
+    """Waits for the last checkpoint and, at the end of training, writes the result and the pictures."""
+    run.checkpoints.wait()
+    validations = [record for record in history if record['kind'] == 'validation']
+    result = Result(
+        validations[-1] if validations else {}, history, state, stopped, run.workdir
+    )
+    if stopped in ('done', 'early'):
+        sums = jax.device_get(run.evaluator(steps.evaluation_variables(state)))
+        if jax.process_index() == 0:
+            report_lib.write(run.workdir, sums['confusion'], history)
+    return result

@@ -1,0 +1,378 @@
+"""A run's directory: config, metrics, checkpoints, and the lock that keeps it to one run.
+
+    config.json          the resolved config
+    environment.json     versions, git commit, devices
+    data.json            class names, image shape, sizes of the splits
+    metrics.jsonl        one JSON object a line: 'train' and 'validation' records
+    events.out.tfevents* the same for TensorBoard
+    checkpoints/STEP/    Orbax, each with a fingerprint of every array, verified on restore
+    result.json, *.png   written at the end
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+from orbax.checkpoint import checkpoint_managers
+
+from jaxcls import config as config_lib
+from jaxcls.errors import UserError
+
+_PACKAGES = ('jaxcls', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Holds the directory for this process; the system lets go of it when the process ends, however.
+
+    Raises:
+      UserError: another run holds it.
+    """
+    if jax.process_index():
+        yield
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(workdir / '.lock', timeout=0)
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(
+            f'{workdir} is in use by another run. Wait for it to end, or choose another --workdir.'
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f'{workdir} cannot be written: {error.strerror}. Choose another --workdir.'
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_json(path: Path, value: Any):
+    """Writes JSON so that a reader finds the old file or the new one, never a part."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + '\n')
+
+
+def write_text(path: Path, text: str):
+    """Like `write_json`, for any text."""
+    part = path.with_name(f'.{path.name}.part')
+    with part.open('w') as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def start(workdir: Path, config: ConfigDict) -> bool:
+    """Claims a fresh directory for a config, or checks that the run in it has the same; True if it has.
+
+    Raises:
+      UserError: a run of another config is there, or files that are no run.
+    """
+    path = workdir / 'config.json'
+    if path.exists():
+        changes = config_lib.differences(read_config(workdir), config)
+        if changes:
+            lines = '\n'.join(f'  {key}: {old!r} there, {new!r} now' for key, (old, new) in changes.items())
+            raise UserError(
+                f'{workdir} holds a run of a different config:\n{lines}\n'
+                f'Choose another --workdir, or the same config to continue that run.'
+            )
+        return True
+    if any(item.name != '.lock' for item in workdir.iterdir()):
+        raise UserError(
+            f'{workdir} holds files but no run (no config.json). Choose an empty or new --workdir.'
+        )
+    write_json(workdir / 'environment.json', _environment())
+    write_text(path, config_lib.to_json(config) + '\n')
+    return False
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The resolved config of a run.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    path = workdir / 'config.json'
+    if not path.is_file():
+        raise UserError(
+            f'{workdir} is not a run: it has no config.json. '
+            'Give the --workdir of an earlier `jaxcls train`.'
+        )
+    return _read(path, config_lib.from_json)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a run; UserError where it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f'{path} is missing; was the run stopped before it began?')
+    return _read(path, json.loads)
+
+
+def _read(path: Path, parse) -> Any:
+    try:
+        return parse(path.read_text())
+    except (ValueError, OSError) as error:
+        raise UserError(f'{path} cannot be read: {error}. Restore it from a copy.') from None
+
+
+def _environment() -> dict[str, Any]:
+    versions = {name: _version(name) for name in _PACKAGES}
+    devices = sorted({device.device_kind for device in jax.devices()})
+    return {
+        'python': sys.version.split()[0],
+        'command': sys.argv,
+        'commit': _git_commit(),
+        'devices': devices,
+        'device_count': jax.device_count(),
+        'process_count': jax.process_count(),
+        **versions,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return 'unknown'
+
+
+def _git_commit() -> str:
+    command = ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
+    try:
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return 'unknown'
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, in order; a line cut short by a kill is left out."""
+    path = workdir / 'metrics.jsonl'
+    if not path.exists():
+        return []
+    lines = path.read_text().split('\n')[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def append_metrics(workdir: Path, record: dict[str, Any]):
+    """Adds one record, on disk before this returns."""
+    with (workdir / 'metrics.jsonl').open('a') as file:
+        file.write(json.dumps(record) + '\n')
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def rewind_metrics(workdir: Path, step: int):
+    """Drops the records after a step, so that the run that resumes there writes each once."""
+    records = [record for record in read_metrics(workdir) if record['step'] <= step]
+    write_text(workdir / 'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in records))
+
+
+class Restored(NamedTuple):
+    """A verified checkpoint."""
+
+    step: int
+    tree: Any
+
+
+class Checkpoints:
+    """Orbax checkpoints of a pytree: the newest ones and the best are kept, all are verified.
+
+    Orbax restores flipped bits without noticing, so each step carries a fingerprint of every array.
+    """
+
+    def __init__(self, workdir: Path, keep: int = 2, read_only: bool = False):
+        newest = checkpoint_managers.LatestN(keep)
+        best = checkpoint_managers.BestN(
+            get_metric_fn=lambda metrics: metrics['top1'],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            enable_async_checkpointing=not read_only,
+        )
+        self.directory = (workdir / 'checkpoints').absolute()
+        self.manager = ocp.CheckpointManager(
+            self.directory, options=options, item_names=('tree', 'manifest')
+        )
+
+    def save(self, step: int, tree: Any, metrics: dict[str, float] | None = None):
+        """Starts saving in the background; the arrays may be donated once this returns."""
+        args = ocp.args.Composite(
+            tree=ocp.args.PyTreeSave(_plain(tree)), manifest=ocp.args.JsonSave(manifest(tree))
+        )
+        self.manager.save(step, args=args, metrics=metrics, force=True)
+
+    def restore(self, like: Any, step: int | None = None) -> Restored | None:
+        """The newest checkpoint whose arrays match their fingerprint, or exactly `step`.
+
+        Args:
+          like: pytree of ShapeDtypeStructs with shardings.
+          step: one step, and no other.
+
+        Returns:
+          The step and the tree; None where there is no checkpoint at all.
+
+        Raises:
+          UserError: there are checkpoints, and none is intact.
+        """
+        steps = sorted(self.manager.all_steps(), reverse=True) if step is None else [step]
+        reasons = []
+        for candidate in steps:
+            try:
+                return Restored(candidate, self._restore_verified(candidate, like))
+            except Exception as error:  # Orbax and TensorStore raise many kinds on damage
+                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                reasons.append(f'  step {candidate}: {reason}')
+                self._set_aside(candidate, reason)
+        if not reasons:
+            return None
+        raise UserError(
+            f'No intact checkpoint is left in {self.directory}:\n' + '\n'.join(reasons) + '\n'
+            'Restore the directory from a copy, or start anew in another --workdir.'
+        )
+
+    def _restore_verified(self, step: int, like: Any) -> Any:
+        plain = _plain(like)
+        args = ocp.args.Composite(
+            tree=ocp.args.PyTreeRestore(
+                plain, restore_args=ocp.checkpoint_utils.construct_restore_args(plain)
+            ),
+            manifest=ocp.args.JsonRestore(),
+        )
+        restored = self.manager.restore(step, args=args)
+        tree = _like(like, restored.tree)
+        found, expected = manifest(tree), restored.manifest
+        for path in sorted(found.keys() | expected.keys()):
+            if found.get(path) != expected.get(path):
+                raise ValueError(
+                    f'{path} is {found.get(path)}, and was saved as {expected.get(path)}'
+                )
+        return tree
+
+    def _set_aside(self, step: int, reason: str):
+        bad = self.directory / str(step)
+        if self.manager._options.read_only or jax.process_index() or not bad.exists():
+            warnings.warn(f'Checkpoint of step {step} is damaged ({reason}).', stacklevel=3)
+            return
+        target = next(
+            path
+            for path in (self.directory.parent / f'damaged-{step}-{i}' for i in range(10**6))
+            if not path.exists()
+        )
+        bad.rename(target)
+        self.manager.reload()
+        warnings.warn(
+            f'Checkpoint of step {step} is damaged ({reason}); it is now {target.name}.',
+            stacklevel=3,
+        )
+
+    def find(self, which: str, records: list[dict[str, Any]]) -> int | None:
+        """The step of 'latest' (None: the newest intact one), of 'best', or of a number, if kept.
+
+        Raises:
+          UserError: there is no such checkpoint.
+        """
+        if which == 'latest':
+            return None
+        kept = self.manager.all_steps()
+        scores = {r['step']: r['top1'] for r in records if r['kind'] == 'validation'}
+        if which == 'best' and (scored := [step for step in kept if step in scores]):
+            return max(scored, key=lambda step: (scores[step], step))
+        if which.isdigit() and int(which) in kept:
+            return int(which)
+        raise UserError(
+            f'No checkpoint {which!r} in {self.directory}. '
+            f"Give 'latest', 'best' or one of the steps {sorted(kept)}."
+        )
+
+    def wait(self):
+        """Returns when all that was saved is on disk."""
+        self.manager.wait_until_finished()
+
+    def close(self):
+        """Waits, then lets go of Orbax's threads."""
+        self.manager.close()
+
+
+def _plain(tree: Any) -> Any:
+    """A flat dict of arrays: typed keys as raw data, empty containers dropped, none of our classes."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): _raw(leaf) for path, leaf in leaves}
+
+
+def _like(like: Any, plain: dict[str, Any]) -> Any:
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
+    values = [
+        jax.random.wrap_key_data(plain[jax.tree_util.keystr(path)])
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        else plain[jax.tree_util.keystr(path)]
+        for path, leaf in leaves
+    ]
+    return jax.tree.unflatten(treedef, values)
+
+
+def _raw(leaf: Any) -> Any:
+    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raw = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+        return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=leaf.sharding)
+    return jax.random.key_data(leaf)
+
+
+def manifest(tree: Any) -> dict[str, list]:
+    """`{path: [shape, dtype, fingerprint]}` of every array; the same on any number of devices."""
+    plain = _plain(tree)
+    prints = jax.device_get(_fingerprints(plain))
+    return {
+        path: [list(leaf.shape), str(leaf.dtype), int(prints[path])] for path, leaf in plain.items()
+    }
+
+
+@jax.jit
+def _fingerprints(plain: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return jax.tree.map(fingerprint, plain)
+
+
+def fingerprint(array: jax.Array) -> jax.Array:
+    """uint32 [] of an array's bits and their places: any change to one element changes it.
+
+    Each element's bits are mixed with its index by a bijection (Murmur3's finaliser) and the
+    results are added modulo 2**32, so the order of summation, and with it the sharding, does not matter.
+    """
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    size = array.dtype.itemsize
+    words = {1: jnp.uint8, 2: jnp.uint16}.get(size, jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(array, words).astype(jnp.uint32)
+    index = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, length in enumerate(bits.shape):
+        index = index * np.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return _mix(bits ^ _mix(index + np.uint32(0x9E3779B9))).sum(dtype=jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

@@ -1,0 +1,38 @@
+"""Eight virtual devices for the tests of sharding, one for all others; real data where they are."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxcls import sharding
+
+jax.config.update('jax_num_cpu_devices', 8)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def compile_once(tmp_path_factory):
+    """Many tests train the same small nets: a program is compiled once a session."""
+    jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('programs')))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Meshes of one device, unless a test asks for more by name."""
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(
+        sharding, 'make_mesh', lambda devices=None: make_mesh(devices or jax.devices()[:1])
+    )
+
+
+@pytest.fixture(scope='session')
+def data_dir() -> str:
+    """The directory of real data: mnist and cifar10 of TFDS, and imagenette160/{train,val}."""
+    directory = os.environ.get('JAXCLS_TEST_DATA', '')
+    if not directory:
+        pytest.skip('needs real data: set JAXCLS_TEST_DATA to their directory')
+    if not Path(directory).is_dir():
+        pytest.skip(f'needs real data: JAXCLS_TEST_DATA={directory} is not a directory')
+    return directory

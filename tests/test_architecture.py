@@ -1,0 +1,65 @@
+"""The floors of the house: a module imports only from below, and features never from each other."""
+
+import ast
+from pathlib import Path
+
+import jaxcls
+
+FLOORS = [
+    {'errors', 'registry', 'config'},
+    {'losses', 'metrics', 'optimizers', 'schedules', 'image_ops', 'augment', 'sources', 'download'}
+    | {'prepare', 'loaders', 'datasets', 'pipeline', 'sharding', 'workdir', 'models'},
+    {'steps'},
+    {'experiment'},
+    {'evaluation', 'inspection', 'report', 'serve'},
+    {'train'},
+    {'console', 'main'},
+]
+# On these floors modules are a chain; these are its allowed links.
+WITHIN = {
+    ('config', 'registry'), ('config', 'errors'), ('registry', 'errors'),
+    ('augment', 'image_ops'), ('optimizers', 'schedules'),
+    ('prepare', 'download'), ('loaders', 'prepare'), ('loaders', 'sources'), ('datasets', 'loaders'),
+    ('datasets', 'sources'), ('pipeline', 'datasets'), ('pipeline', 'sources'), ('pipeline', 'sharding'),
+    ('inspection', 'report'), ('main', 'console'),
+}  # fmt: skip
+ROOT = Path(jaxcls.__file__).parent
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == 'jaxcls':
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or '').startswith('jaxcls.'):
+            names.add(node.module.split('.')[1])
+        elif isinstance(node, ast.Import):
+            parts = [alias.name.split('.') for alias in node.names]
+            names |= {part[1] for part in parts if part[0] == 'jaxcls' and len(part) > 1}
+    return names
+
+
+def test_modules_import_only_from_lower_floors():
+    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
+    for path in sorted(ROOT.glob('*.py')):
+        name = path.stem
+        if name == '__init__':
+            continue
+        for other in imports(path):
+            below = floor[other] < floor[name]
+            assert below or (name, other) in WITHIN, f'{name} must not import {other}'
+
+
+def test_models_import_only_layers_and_floor_0():
+    for path in (ROOT / 'models').glob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('jaxcls'):
+                allowed = path.stem == '__init__' or node.module in (
+                    'jaxcls.models.layers', 'jaxcls.registry', 'jaxcls.errors', 'jaxcls',
+                )  # fmt: skip
+                assert allowed, f'{path.stem} must not import {node.module}'
+
+
+def test_every_module_has_a_floor():
+    modules = {path.stem for path in ROOT.glob('*.py')} - {'__init__'}
+    assert modules | {'models'} == set().union(*FLOORS)

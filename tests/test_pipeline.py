@@ -1,0 +1,143 @@
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from jaxcls import datasets, pipeline, sharding
+from jaxcls.errors import UserError
+from jaxcls.sources import ArraySource
+
+EXAMPLES, BATCH = 23, 8
+
+
+@pytest.fixture
+def split():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (EXAMPLES, 6, 5, 3), np.uint8)
+    labels = np.arange(EXAMPLES, dtype=np.int32) % 4
+    return datasets.Split(ArraySource(images, labels), ('a', 'b', 'c', 'd'), (6, 5, 3), 'fingerprint')
+
+
+def training(step):
+    return pipeline.training_order(3, EXAMPLES, BATCH, step)
+
+
+def test_every_example_once_an_epoch_and_every_batch_full():
+    orders = [training(step) for step in range(EXAMPLES)]  # BATCH epochs exactly
+    index = np.concatenate([order['index'] for order in orders])
+    epoch = np.concatenate([order['epoch'] for order in orders])
+    for e in range(BATCH):
+        assert sorted(index[epoch == e]) == list(range(EXAMPLES))
+    assert all(order['mask'].all() for order in orders)
+    assert not np.array_equal(index[epoch == 0], index[epoch == 1])
+
+
+def test_an_order_depends_on_seed_and_step_alone():
+    assert all(np.array_equal(training(5)[k], training(5)[k]) for k in training(5))
+    other = pipeline.training_order(4, EXAMPLES, BATCH, 5)
+    assert not np.array_equal(training(5)['index'], other['index'])
+
+
+def test_evaluation_covers_every_example_once():
+    orders = [pipeline.evaluation_order(EXAMPLES, BATCH, step) for step in range(3)]
+    seen = np.concatenate([order['index'][order['mask']] for order in orders])
+    assert list(seen) == list(range(EXAMPLES))
+
+
+def batches(feed, first, last):
+    fetch = jax.jit(feed.fetch)
+    return [
+        jax.device_get(fetch(feed.data, jax.tree.map(lambda x: x[0], feed.items(step, 1))))
+        for step in range(first, last)
+    ]
+
+
+def assert_same(first, second):
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key].dtype == b[key].dtype
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+@pytest.mark.parametrize('size', [0, 4])
+def test_resident_and_stream_yield_the_same_batches(split, size, monkeypatch, tmp_path):
+    monkeypatch.setenv('JAXCLS_CACHE', str(tmp_path))
+    mesh, reader = sharding.make_mesh(jax.devices()[:1]), pipeline.Reader(split, size)
+    expected = batches(pipeline.resident(reader, training, mesh), 0, 9)
+    assert expected[0]['image'].shape == (BATCH, size or 6, size or 5, 3)
+    assert_same(batches(pipeline.stream(reader, training, mesh, 9), 0, 9), expected)
+    # From the middle, and jumping back.
+    feed = pipeline.stream(reader, training, mesh, 9)
+    assert_same(batches(feed, 4, 9), expected[4:])
+    assert_same(batches(feed, 2, 5), expected[2:5])
+    # Many steps in one call.
+    many = jax.device_get(feed.items(1, 3)['image'])
+    np.testing.assert_array_equal(many, np.stack([b['image'] for b in expected[1:4]]))
+
+
+def test_worker_processes_yield_the_same_batches(split):
+    mesh, reader = sharding.make_mesh(jax.devices()[:1]), pipeline.Reader(split)
+    order = functools.partial(pipeline.training_order, 3, EXAMPLES, BATCH)
+    expected = batches(pipeline.resident(reader, order, mesh), 2, 7)
+    assert_same(batches(pipeline.stream(reader, order, mesh, 7, workers=2), 2, 7), expected)
+
+
+def test_random_crops_depend_on_the_place_alone(split):
+    reader = pipeline.Reader(split, 4, 'random_resized', seed=1)
+    first, label = reader(7, position=11)
+    assert label == 3 and first.shape == (4, 4, 3)
+    np.testing.assert_array_equal(first, reader(7, position=11)[0])
+    assert not np.array_equal(first, reader(7, position=12)[0])
+
+
+def test_random_boxes_have_the_area_and_aspect_of_the_paper():
+    rng = np.random.Generator(np.random.Philox(key=[0, 0]))
+    boxes = np.array([pipeline.random_box(rng, 300, 400) for _ in range(500)])
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    assert boxes.min() >= 0 and boxes[:, 2].max() <= 400 and boxes[:, 3].max() <= 300
+    area, aspect = width * height / (300 * 400), width / height
+    assert 0.075 < area.min() < 0.12 and 0.9 < area.max() <= 1.0
+    assert 0.74 < aspect.min() and aspect.max() < 1.35
+
+
+def test_a_centre_crop_of_the_whole_square_changes_nothing():
+    image = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+    assert pipeline.resize(image, (4, 4), pipeline.center_box(4, 4, 1.0)) is image
+    assert pipeline.center_box(10, 20, 0.5) == (7.5, 2.5, 12.5, 7.5)
+
+
+def test_decoded_splits_are_cached_and_mapped(split, monkeypatch, tmp_path):
+    monkeypatch.setenv('JAXCLS_CACHE', str(tmp_path))
+    reader = pipeline.Reader(split, 4)
+    images, labels = pipeline.load_arrays(reader)
+    np.testing.assert_array_equal(labels, split.source.labels)
+    monkeypatch.setattr(pipeline, '_decode_to', None)  # a second decoding would fail
+    again, _ = pipeline.load_arrays(reader)
+    assert isinstance(again, np.memmap)
+    np.testing.assert_array_equal(images, again)
+
+
+def test_a_broken_off_decoding_leaves_nothing(split, monkeypatch, tmp_path):
+    monkeypatch.setenv('JAXCLS_CACHE', str(tmp_path))
+    broken = datasets.Split([(b'no image', 0)] * 3, ('a',), (0, 0, 3), 'broken')
+    with pytest.raises(UserError):
+        pipeline.load_arrays(pipeline.Reader(broken, 4))
+    assert [path for path in tmp_path.rglob('*') if path.is_file()] == []
+
+
+def test_auto_chooses_by_size(split, monkeypatch):
+    reader = pipeline.Reader(split)
+    assert pipeline.choose('auto', reader, train=True) == 'resident'
+    assert pipeline.choose('stream', reader, train=True) == 'stream'
+    monkeypatch.setattr(pipeline, 'RESIDENT_LIMIT', EXAMPLES * 90 - 1)
+    assert pipeline.choose('auto', reader, train=True) == 'stream'
+
+
+def test_images_of_different_sizes_need_a_size(split):
+    varying = datasets.Split(split.source, split.class_names, (0, 0, 3), '')
+    with pytest.raises(UserError, match=r'set config.data.image_size'):
+        pipeline.check_size(varying, 0)
+    pipeline.check_size(varying, 32)

@@ -1,0 +1,105 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcls import config as config_lib
+from jaxcls import fit, sharding, workdir
+from jaxcls.errors import UserError
+
+TWO_PROCESSES = Path(__file__).parent / 'two_processes.py'
+
+
+def config(**fields):
+    config = config_lib.get_config()
+    config.update(
+        {
+            'epochs': 1.6,  # 10 steps
+            'batch_size': 16,
+            'log_every_steps': 1,
+            'data': {'train': 'train[:100]', 'validation': 'test[:50]'},
+            'augment': [{'name': 'pad_crop', 'padding': 1}],
+            **fields,
+        }
+    )
+    config.optimizer = {'name': 'sgd'}
+    config.model = {'name': 'mlp', 'hidden': (256,), 'norm': 'batch'}
+    return config
+
+
+def losses(path):
+    return [r['loss'] for r in workdir.read_metrics(path) if r['kind'] == 'train']
+
+
+@pytest.fixture(scope='module')
+def one(tmp_path_factory):
+    path = tmp_path_factory.mktemp('one')
+    with pytest.MonkeyPatch.context() as patch:
+        make_mesh = sharding.make_mesh
+        patch.setattr(sharding, 'make_mesh', lambda: make_mesh(jax.devices()[:1]))
+        fit(config(), path)
+    assert len(losses(path)) == 10
+    return path
+
+
+@pytest.mark.parametrize('parameters', ['replicated', 'fsdp'])
+def test_eight_devices_give_the_losses_of_one(one, tmp_path, monkeypatch, parameters):
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, 'make_mesh', lambda: make_mesh(jax.devices()))
+    result = fit(config(parameters=parameters), tmp_path)
+    np.testing.assert_allclose(losses(tmp_path), losses(one), rtol=1e-5)
+    kernel = max(jax.tree.leaves(result.state.params), key=jnp.size)
+    assert kernel.is_fully_replicated == (parameters == 'replicated')
+
+
+@pytest.mark.parametrize('pipeline', ['resident', 'stream'])
+def test_two_processes_give_the_losses_of_one(one, tmp_path, pipeline):
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        address = f'localhost:{free.getsockname()[1]}'
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(TWO_PROCESSES), str(tmp_path), pipeline],
+            env={
+                **os.environ,
+                'JAX_COORDINATOR_ADDRESS': address,
+                'JAX_NUM_PROCESSES': '2',
+                'JAX_PROCESS_ID': str(i),
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    np.testing.assert_allclose(losses(tmp_path), losses(one), rtol=1e-5)
+
+
+def test_batches_must_divide_over_the_devices():
+    mesh = sharding.make_mesh(jax.devices())
+    sharding.check_batch_size(16, mesh)
+    with pytest.raises(UserError, match='choose a multiple of 8, such as 24'):
+        sharding.check_batch_size(17, mesh)
+    with pytest.raises(UserError, match='choose a multiple of 16, such as 32'):
+        sharding.check_batch_size(24, mesh, accumulate_steps=2)
+
+
+def test_fsdp_splits_large_arrays_along_the_largest_axis_that_divides():
+    mesh = sharding.make_mesh(jax.devices())
+    shapes = {
+        'kernel': jax.ShapeDtypeStruct((3, 3, 64, 128), jnp.float32),
+        'odd': jax.ShapeDtypeStruct((7, 12345), jnp.float32),
+        'bias': jax.ShapeDtypeStruct((128,), jnp.float32),
+    }
+    split = sharding.state_sharding(shapes, mesh, 'fsdp')
+    assert tuple(split['kernel'].spec) == (None, None, None, 'data')
+    assert split['odd'].is_fully_replicated and split['bias'].is_fully_replicated
+    whole = sharding.state_sharding(shapes, mesh, 'replicated')
+    assert all(place.is_fully_replicated for place in whole.values())

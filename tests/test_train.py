@@ -1,0 +1,165 @@
+import json
+import os
+import signal
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from jaxcls import config as config_lib
+from jaxcls import evaluate, fit, sharding, train, workdir
+from jaxcls.errors import UserError
+
+
+def small(**fields):
+    config = config_lib.get_config()
+    config.update(
+        {
+            'epochs': 2.0,
+            'batch_size': 16,
+            'log_every_steps': 3,
+            'learning_rate': 0.02,
+            'model': {'name': 'mlp', 'hidden': (8,), 'norm': 'batch', 'dropout': 0.1},
+            'data': {'train': 'train[:100]', 'validation': 'test[:50]'},
+            'augment': [{'name': 'pad_crop', 'padding': 1}],
+            'ema_decay': 0.9,
+        }
+    )
+    for section in ('model', 'optimizer'):
+        config[section] = fields.pop(section, config[section])
+    config.update(fields)
+    return config
+
+
+def log(path):
+    """The metrics without what the clock says."""
+    timed = ('seconds', 'images_per_second')
+    return [{k: v for k, v in r.items() if k not in timed} for r in workdir.read_metrics(path)]
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+    path = tmp_path_factory.mktemp('run')
+    with pytest.MonkeyPatch.context() as patch:
+        make_mesh = sharding.make_mesh
+        patch.setattr(sharding, 'make_mesh', lambda: make_mesh(jax.devices()[:1]))
+        return fit(small(), path)
+
+
+def test_a_run_leaves_its_files_and_learns(uninterrupted):
+    path = uninterrupted.workdir
+    names = {item.name for item in path.iterdir()}
+    assert {
+        'config.json', 'environment.json', 'data.json', 'metrics.jsonl', 'result.json',
+        'curves.png', 'confusion.png', 'checkpoints',
+    } <= names  # fmt: skip
+    assert any(name.startswith('events.out.tfevents') for name in names)
+    assert uninterrupted.stopped == 'done' and int(uninterrupted.state.step) == 13
+    records = uninterrupted.records
+    assert [r['step'] for r in records if r['kind'] == 'train'] == [3, 6, 7, 9, 12, 13]
+    assert [r['step'] for r in records if r['kind'] == 'validation'] == [7, 13]
+    train_losses = [r['loss'] for r in records if r['kind'] == 'train']
+    assert train_losses[-1] < train_losses[0]
+    assert sum(r['examples'] for r in records if r['kind'] == 'train') == 13 * 16
+    result = json.loads((path / 'result.json').read_text())
+    assert np.trace(result['confusion']) == round(result['top1'] * 50)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize('pipeline', ['resident', 'stream'])
+def test_a_run_broken_off_at_any_step_resumes_bit_for_bit(uninterrupted, tmp_path, pipeline):
+    config = small(checkpoint_every_epochs=0.16)  # every step
+    config.data.pipeline = pipeline
+
+    def stop_at(steps):
+        def on_event(event):
+            if event['kind'] == 'checkpoint' and event['step'] in steps:
+                raise Stop
+
+        return on_event
+
+    for step in (1, 5, 7, 8):
+        with pytest.raises(Stop):
+            fit(config, tmp_path, stop_at({step}))
+    result = fit(config, tmp_path)
+    assert log(tmp_path) == log(uninterrupted.workdir)
+    assert workdir.manifest(result.state) == workdir.manifest(uninterrupted.state)
+
+
+def test_a_signal_saves_the_step_and_the_run_goes_on(uninterrupted, tmp_path):
+    def interrupt(event):
+        if event['kind'] == 'progress' and event['step'] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result = fit(small(), tmp_path, interrupt)
+    assert result.stopped == 'SIGTERM'
+    assert int(result.state.step) in (4, 5)
+    assert fit(small(), tmp_path).stopped == 'done'
+    assert log(tmp_path) == log(uninterrupted.workdir)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_complete_run_is_left_as_it_is(uninterrupted):
+    before = log(uninterrupted.workdir)
+    result = fit(small(), uninterrupted.workdir)
+    assert workdir.manifest(result.state) == workdir.manifest(uninterrupted.state)
+    assert log(uninterrupted.workdir) == before
+
+
+def test_another_config_on_the_same_directory_is_refused(uninterrupted):
+    with pytest.raises(UserError, match='learning_rate: 0.02 there, 0.1 now'):
+        fit(small(learning_rate=0.1), uninterrupted.workdir)
+
+
+def test_evaluate_gives_the_numbers_of_the_run_whatever_the_split(uninterrupted):
+    metrics = evaluate(uninterrupted.workdir)
+    for name in ('top1', 'top5', 'loss'):
+        assert metrics[name] == pytest.approx(uninterrupted.metrics[name], rel=1e-5)
+    assert metrics['examples'] == 50 and metrics['step'] == 13
+    part = evaluate(uninterrupted.workdir, 'test[:33]')
+    assert part['examples'] == 33 and np.sum(part['confusion']) == 33
+
+
+def test_early_stopping_ends_a_run_that_does_not_improve(tmp_path):
+    config = small(
+        epochs=50.0, learning_rate=1e-9, early_stopping_epochs=2.0, augment=[],
+        model={'name': 'linear'}, ema_decay=0.0, optimizer={'name': 'sgd'},
+    )  # fmt: skip
+    result = fit(config, tmp_path)
+    assert result.stopped == 'early' and result.metrics['epoch'] < 25
+    assert fit(config, tmp_path).stopped == 'early'
+
+
+def test_non_finite_steps_in_a_row_stop_the_run_and_keep_the_checkpoint(tmp_path):
+    config = small(learning_rate=1e30, optimizer={'name': 'sgd'}, max_bad_steps=3, epochs=20.0)
+    config.model = {'name': 'mlp', 'hidden': (8,)}
+    config.ema_decay = 0.0
+    with pytest.raises(UserError, match=r'not been finite in the last \d+ steps, since step \d+'):
+        fit(config, tmp_path)
+
+
+def test_mistakes_are_found_before_anything_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, '_make_advance', None)
+    monkeypatch.setattr(sharding, 'make_mesh', lambda: sharding.Mesh(
+        np.array(jax.devices()), ('data',)))  # fmt: skip
+    for fields, message in (
+        ({'batch_size': 12}, 'choose a multiple of 8, such as 16'),
+        ({'model': {'name': 'resent20'}}, "Did you mean 'resnet20'"),
+        ({'data': {'train': 'trian'}}, 'trian'),
+        ({'data': {'mean': (0.5, 0.5, 0.5), 'std': (1.0, 1.0, 1.0)}}, 'channel'),
+    ):
+        with pytest.raises(UserError, match=message):
+            fit(small(**fields), tmp_path / 'never')
+    assert not (tmp_path / 'never').exists()
+
+
+def test_fit_runs_outside_the_main_thread(tmp_path):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(fit(small(epochs=0.2), tmp_path)))
+    thread.start()
+    thread.join()
+    assert results[0].stopped == 'done'

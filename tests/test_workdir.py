@@ -1,0 +1,181 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcls import config as config_lib
+from jaxcls import sharding, workdir
+from jaxcls.errors import UserError
+
+# TensorStore reports the other reads of a damaged checkpoint to an event loop that Orbax has closed.
+pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+
+
+def tree():
+    return {
+        'params': {'kernel': jnp.arange(24.0).reshape(4, 6), 'bias': jnp.ones(6, jnp.bfloat16)},
+        'ema': {},
+        'step': jnp.int32(7),
+        'key': jax.random.key(3),
+        'flag': jnp.array([True, False]),
+    }
+
+
+def like(value):
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)), value
+    )
+
+
+def assert_same(first, second):
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    assert workdir.manifest(first) == workdir.manifest(second)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    checkpoints = workdir.Checkpoints(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {**tree(), 'step': jnp.int32(step)}, {'top1': 0.5})
+    checkpoints.close()
+    return tmp_path
+
+
+def restore(path, step=None):
+    checkpoints = workdir.Checkpoints(path)
+    try:
+        return checkpoints.restore(like(tree()), step)
+    finally:
+        checkpoints.close()
+
+
+def test_a_checkpoint_restores_bit_for_bit(saved):
+    restored = restore(saved)
+    assert restored.step == 3
+    assert_same(restored.tree, {**tree(), 'step': jnp.int32(3)})
+    assert restore(saved, 2).step == 2
+
+
+def test_nothing_saved_restores_nothing(tmp_path):
+    assert restore(tmp_path) is None
+
+
+def damage(directory, how):
+    """Damages every array file of a step."""
+    files = [path for path in (directory / 'tree').rglob('*') if path.is_file() and path.stat().st_size]
+    data = [path for path in files if '/d/' in str(path)]
+    assert data
+    for path in data:
+        content = bytearray(path.read_bytes())
+        if how == 'flip':
+            content[len(content) // 2] ^= 16
+        path.write_bytes(content[: len(content) // 2] if how == 'truncate' else content)
+
+
+@pytest.mark.parametrize('how', ['flip', 'truncate', 'empty'])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(saved, how):
+    newest = saved / 'checkpoints' / '3'
+    if how == 'empty':
+        shutil.rmtree(newest)
+        newest.mkdir()
+    else:
+        damage(newest, how)
+    with pytest.warns(UserWarning, match=r'Checkpoint of step 3 is damaged .*; it is now damaged-3-0'):
+        restored = restore(saved)
+    assert restored.step == 2
+    assert_same(restored.tree, {**tree(), 'step': jnp.int32(2)})
+    assert (saved / 'damaged-3-0').is_dir() and not newest.exists()
+
+
+def test_a_flipped_bit_in_an_array_is_noticed_whichever_it_is():
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    print_ = jax.jit(workdir.fingerprint)
+    original, seen = int(print_(array)), set()
+    for place in range(12):
+        for bit in range(0, 32, 5):
+            flipped = array.copy()
+            flipped.view(np.uint32).flat[place] ^= np.uint32(1 << bit)
+            seen.add(int(print_(flipped)))
+    assert original not in seen and len(seen) == 12 * 7
+    assert int(print_(array.reshape(3, 4)[::-1].copy())) != original
+
+
+def test_no_intact_checkpoint_is_an_error_and_not_a_fresh_start(saved):
+    for step in (1, 2, 3):
+        damage(saved / 'checkpoints' / str(step), 'flip')
+    with (
+        pytest.warns(UserWarning, match='damaged'),
+        pytest.raises(UserError, match='No intact checkpoint is left'),
+    ):
+        restore(saved)
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
+    checkpoints = workdir.Checkpoints(tmp_path, keep=1)
+    for step, top1 in ((1, 0.2), (2, 0.9), (3, 0.3), (4, 0.4)):
+        checkpoints.save(step, tree(), {'top1': top1})
+    checkpoints.save(5, tree())
+    checkpoints.wait()
+    records = [{'kind': 'validation', 'step': s, 'top1': t} for s, t in ((2, 0.9), (4, 0.4))]
+    assert sorted(checkpoints.manager.all_steps()) == [2, 5]
+    assert checkpoints.find('best', records) == 2
+    assert checkpoints.find('latest', records) is None
+    assert checkpoints.find('5', records) == 5
+    with pytest.raises(UserError, match=r"No checkpoint '4' .* steps \[2, 5\]"):
+        checkpoints.find('4', records)
+    checkpoints.close()
+
+
+def test_metrics_are_rewound_to_a_step_and_cut_lines_dropped(tmp_path):
+    for step in (1, 2, 3):
+        workdir.append_metrics(tmp_path, {'kind': 'train', 'step': step})
+    with (tmp_path / 'metrics.jsonl').open('a') as file:
+        file.write('{"kind": "tr')
+    assert [record['step'] for record in workdir.read_metrics(tmp_path)] == [1, 2, 3]
+    workdir.rewind_metrics(tmp_path, 2)
+    workdir.append_metrics(tmp_path, {'kind': 'train', 'step': 3})
+    assert [record['step'] for record in workdir.read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_another_config_is_refused_with_the_differences(tmp_path):
+    config = config_lib.get_config()
+    assert workdir.start(tmp_path, config) is False
+    assert workdir.start(tmp_path, config) is True
+    assert config_lib.differences(workdir.read_config(tmp_path), config) == {}
+    assert json.loads((tmp_path / 'environment.json').read_text())['jax'] == jax.__version__
+    config.epochs = 3.0
+    with pytest.raises(UserError, match=r'epochs: 40.0 there, 3.0 now'):
+        workdir.start(tmp_path, config)
+
+
+def test_a_directory_with_other_files_is_refused(tmp_path):
+    (tmp_path / 'thesis.tex').write_text('')
+    with pytest.raises(UserError, match='holds files but no run'):
+        workdir.start(tmp_path, config_lib.get_config())
+    with pytest.raises(UserError, match='is not a run'):
+        workdir.read_config(tmp_path)
+
+
+def test_a_directory_in_use_is_refused_until_its_process_is_gone(tmp_path):
+    hold = (
+        'import pathlib, sys, time\nfrom jaxcls import workdir\n'
+        'with workdir.locked(pathlib.Path(sys.argv[1])):\n    print("held", flush=True)\n    time.sleep(60)'
+    )
+    other = subprocess.Popen(
+        [sys.executable, '-c', hold, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == 'held\n'
+        with pytest.raises(UserError, match='in use by another run'), workdir.locked(tmp_path):
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+    with workdir.locked(tmp_path):
+        pass
