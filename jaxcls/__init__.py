@@ -6,7 +6,7 @@ import os
 
 _PUBLIC = {
     'fit': 'jaxcls.train',
-    'evaluate': 'jaxcls.evaluate',
+    'evaluate': 'jaxcls.evaluation',
     'predict': 'jaxcls.serve',
     'get_config': 'jaxcls.config',
     'make_model': 'jaxcls.models',

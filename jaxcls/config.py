@@ -95,7 +95,9 @@ def load_file(path: str | Path) -> ConfigDict:
         spec.loader.exec_module(module)
         config = module.get_config()
     except Exception as error:  # whatever the user's code raises
-        raise UserError(f'{path} failed: {type(error).__name__}: {error}. Mend the file.') from error
+        raise UserError(
+            f'{path} failed: {type(error).__name__}: {error}. Mend the file.'
+        ) from error
     if not isinstance(config, ConfigDict):
         raise UserError(
             f'{path}: get_config() returned {type(config).__name__}, not a ConfigDict. '
@@ -131,9 +133,7 @@ def complete(config: ConfigDict, tables: Tables):
     """
     for section in SECTIONS:
         config[section] = ConfigDict(_completed(section, config[section], tables[section]))
-    config.augment = [
-        _completed('augment', spec, tables['augment']) for spec in config.augment
-    ]
+    config.augment = [_completed('augment', spec, tables['augment']) for spec in config.augment]
 
 
 def _completed(kind: str, spec: Mapping[str, Any], table: Mapping[str, Callable]) -> dict:
@@ -194,8 +194,9 @@ def _typed(path: str, value: Any, old: Any) -> Any:
     if wanted is float and type(value) is int:
         return float(value)
     if wanted is tuple and isinstance(value, (list, tuple)):
-        kinds = {type(item) for item in old} or {type(item) for item in value}
-        return tuple(_typed(path, item, next(iter(kinds))()) for item in value)
+        if not old and all(type(item) in (int, float) for item in value):
+            old = (0.0,)
+        return tuple(_typed(path, item, old[0] if old else value[0]) for item in value)
     if type(value) is not wanted:
         raise UserError(
             f'config.{path} is {value!r}, of type {type(value).__name__}; '
@@ -273,7 +274,9 @@ def _check_fields(config: Mapping, reference: Mapping, where: str):
     """Every field of the defaults is there, with its type, and no other."""
     for field in config:
         if field not in reference:
-            raise UserError(f'{where} has no field {field!r}. {registry.did_you_mean(field, reference)}')
+            raise UserError(
+                f'{where} has no field {field!r}. {registry.did_you_mean(field, reference)}'
+            )
     for field, default in reference.items():
         path = f'{where}.{field}'
         if field not in config:

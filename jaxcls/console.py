@@ -16,7 +16,6 @@ class Reporter:
 
     def __init__(self, console: Console):
         self.console = console
-        self.total = self.steps_left_at = 0
         self.train: dict[str, Any] = {}
         self.progress = Progress(
             TextColumn('{task.description}'), BarColumn(), console=console, transient=True
@@ -32,6 +31,7 @@ class Reporter:
         experiment, config = run.experiment, run.experiment.config
         parameters = sum(leaf.size for leaf in jax.tree.leaves(event['state'].params))
         self.total, self.batch_size = experiment.total_steps, config.batch_size
+        self.validate = run.events.validate
         self.first, self.begin = event['step'], time.perf_counter()
         shape = 'x'.join(map(str, experiment.image_shape))
         self.print(
@@ -62,32 +62,34 @@ class Reporter:
         if self.train:
             parts += [f'loss {self.train["loss"]:.4f}', f'accuracy {self.train["top1"]:.2%}']
         parts += [f'{speed * self.batch_size:,.0f} images/s', f'{_duration(left)} left']
-        self.progress.update(self.task, description='  '.join(parts), completed=step, total=self.total)
+        self.progress.update(
+            self.task, description='  '.join(parts), completed=step, total=self.total
+        )
 
     def on_train(self, event):
         self.train = event
-        if not self.console.is_terminal:
-            self.print(self.line(event))
+        if not self.console.is_terminal and event['step'] not in self.validate:
+            self.print(f'{self.line(event)}  {self.speed(event)}')
 
     def on_validation(self, event):
-        self.print(self.line(event))
+        """An epoch's line: validation, then the last training numbers."""
+        train = f'training {self.train["loss"]:.4f} {self.train["top1"]:.2%}'
+        self.print(f'{self.line(event)} validation  {train}  {self.speed(self.train)}')
 
     def on_checkpoint(self, event):
         pass
 
     def line(self, event) -> str:
-        """One record as a line of fixed columns."""
-        parts = [
-            f'{event["kind"]:<10} step {event["step"]:>{len(str(self.total))}}/{self.total}',
-            f'epoch {event["epoch"]:>7.2f}  loss {event["loss"]:.4f}  accuracy {event["top1"]:.2%}',
-        ]
-        if 'images_per_second' in event:
-            speed = event['images_per_second']
-            left = (self.total - event['step']) * self.batch_size / max(speed, 1e-6)
-            parts.append(f'{speed:,.0f} images/s  {_duration(left)} left')
-        if event.get('bad_steps'):
-            parts.append(f'{event["bad_steps"]} non-finite steps skipped')
-        return '  '.join(parts)
+        """Where a record was taken, its loss and its accuracy."""
+        place = f'step {event["step"]:>{len(str(self.total))}}/{self.total}  epoch {event["epoch"]:7.2f}'
+        return f'{place}  loss {event["loss"]:.4f}  accuracy {event["top1"]:.2%}'
+
+    def speed(self, event) -> str:
+        """Images a second, the time left, and what was skipped."""
+        speed = event['images_per_second']
+        left = (self.total - event['step']) * self.batch_size / max(speed, 1e-6)
+        skipped = f'  {event["bad_steps"]} non-finite steps skipped' if event['bad_steps'] else ''
+        return f'{speed:,.0f} images/s  {_duration(left)} left{skipped}'
 
     def print(self, text: str):
         """One line, as it is."""
@@ -118,11 +120,13 @@ def result_table(result: train_lib.Result, summary: dict[str, Any]) -> Table:
     }
     if train:
         rows['training loss'] = f'{train[-1]["loss"]:.4f}'
-        rows['gap in accuracy'] = f'{train[-1]["top1"] - summary["top1"]:+.2%} training over validation'
+        rows['gap in accuracy'] = (
+            f'{train[-1]["top1"] - summary["top1"]:+.2%} training over validation'
+        )
         skipped = sum(record['bad_steps'] for record in train)
         if skipped:
             rows['skipped steps'] = f'{skipped} were not finite'
-    rows['epochs, time'] = f'{summary["epoch"]:g}, {_duration(summary["seconds"])}'
+    rows['epochs, time'] = f'{summary["epoch"]:.1f}, {_duration(summary["seconds"])}'
     rows['pictures'] = 'curves.png, confusion.png'
     for name, value in rows.items():
         table.add_row(name, value)

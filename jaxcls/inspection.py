@@ -1,12 +1,13 @@
 """A look at a config before it trains: the size of its network and the samples of its data."""
 
+import collections
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from jaxcls import augment, datasets, pipeline, report, steps
@@ -19,8 +20,8 @@ def summarize(config: ConfigDict) -> dict[str, Any]:
 
     Returns:
       `model`, `image_shape`, `num_classes`, `parameters`, `flops` (of one image forward),
-      `train_step_bytes` (parameters, optimiser state and buffers of one step, as compiled), and
-      `table`, text of one line a layer.
+      `state_bytes` (parameters, statistics, optimiser state), `activation_bytes` (what the forward
+      pass of one batch keeps for the backward pass, before XLA saves some), and `layers`, a dict each.
     """
     config = experiment_lib.resolve(config)
     shape, num_classes, examples = _shape(config)
@@ -29,8 +30,6 @@ def summarize(config: ConfigDict) -> dict[str, Any]:
     image = jax.ShapeDtypeStruct((1, *shape), jnp.uint8)
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
     forward = jax.jit(experiment.predict).lower(variables, image)
-    step = jax.jit(experiment.train_step, donate_argnums=0)
-    memory = step.lower(state, experiment_lib.raw_batch(experiment)).compile().memory_analysis()
     sizes = {
         jax.tree_util.keystr(path, simple=True, separator='/'): leaf.shape
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
@@ -42,9 +41,40 @@ def summarize(config: ConfigDict) -> dict[str, Any]:
         'batch_size': config.batch_size,
         'parameters': sum(int(np.prod(size)) for size in sizes.values()),
         'flops': int(forward.cost_analysis()['flops']),
-        'train_step_bytes': memory.argument_size_in_bytes + memory.temp_size_in_bytes,
-        'table': _table(experiment),
+        'state_bytes': _bytes(state),
+        'activation_bytes': _activation_bytes(experiment, state),
+        'layers': _layers(experiment, state),
     }
+
+
+def _bytes(tree) -> int:
+    leaves = [
+        leaf
+        for leaf in jax.tree.leaves(tree)
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+    ]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _activation_bytes(experiment: experiment_lib.Experiment, state: steps.TrainState) -> int:
+    """The residuals of the model's derivative at one batch: a `vjp` function is a pytree of them."""
+    config = experiment.config
+    size = (config.batch_size // config.accumulate_steps, *experiment.image_shape)
+
+    def residuals(params, batch_stats, image):
+        def forward(params):
+            variables = {'params': params, 'batch_stats': batch_stats}
+            rngs = {'dropout': jax.random.key(0)}
+            outputs, _ = experiment.model.apply(
+                variables, image, train=True, rngs=rngs, mutable=['batch_stats']
+            )
+            return outputs[0]
+
+        return jax.vjp(forward, params)[1]
+
+    image = jax.ShapeDtypeStruct(size, experiment.model.dtype)
+    kept = _bytes(jax.eval_shape(residuals, state.params, state.batch_stats, image))
+    return max(kept - _bytes(state.params), 0)
 
 
 def _shape(config: ConfigDict) -> tuple[tuple[int, int, int], int, int]:
@@ -54,31 +84,53 @@ def _shape(config: ConfigDict) -> tuple[tuple[int, int, int], int, int]:
     if not (height or config.data.image_size):
         raise UserError(pipeline.VARYING_SIZES)
     size = config.data.image_size
-    return (size or height, size or width, channels), len(info.class_names), info.examples
+    examples = info.examples or 100 * config.batch_size  # only a schedule's length depends on it
+    return (size or height, size or width, channels), len(info.class_names), examples
 
 
-def _table(experiment: experiment_lib.Experiment) -> str:
-    """Flax's table of the layers, without colours."""
+def _layers(experiment: experiment_lib.Experiment, state: steps.TrainState) -> list[dict]:
+    """The modules that hold parameters, in the order of the forward pass, with their output shapes."""
     image = jax.ShapeDtypeStruct((1, *experiment.image_shape), experiment.model.dtype)
-    tabulate = nn.tabulate(
-        experiment.model,
-        jax.random.key(0),
-        console_kwargs={'width': 120, 'no_color': True},
-        column_kwargs={'overflow': 'fold'},
-    )
-    return tabulate(image, train=False)
+    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    order = []  # a traced dict comes back sorted
+
+    def outputs(variables, image):
+        _, captured = experiment.model.apply(
+            variables, image, train=False, capture_intermediates=True, mutable=['intermediates']
+        )
+        flat = traverse_util.flatten_dict(captured['intermediates'])
+        order.extend(path[:-1] for path in flat)
+        return {path[:-1]: jax.tree.leaves(value)[0] for path, value in flat.items()}
+
+    shapes = jax.eval_shape(outputs, variables, image)
+    parameters = collections.Counter()
+    for path, leaf in traverse_util.flatten_dict(state.params).items():
+        parameters[path[:-1]] += leaf.size
+    return [
+        {
+            'name': '/'.join(path),
+            'output': list(shapes[path].shape[1:]),
+            'parameters': parameters[path],
+        }
+        for path in order
+        if path in parameters
+    ]
 
 
 def summary_text(summary: dict[str, Any]) -> str:
     """`summarize` for people."""
     shape = ' x '.join(map(str, summary['image_shape']))
-    return (
-        f'{summary["table"]}\n'
+    rows = [
+        f'{layer["name"]:<40} {" x ".join(map(str, layer["output"])):>18} {layer["parameters"]:>14,}'
+        for layer in summary['layers']
+    ]
+    return '\n'.join([f'{"layer":<40} {"output":>18} {"parameters":>14}', *rows, '']) + (
         f'{summary["model"]}, images {shape}, {summary["num_classes"]} classes\n'
         f'parameters            {summary["parameters"]:,}\n'
         f'FLOPs, forward        {summary["flops"]:,} an image\n'
-        f'memory, training step {summary["train_step_bytes"] / 2**20:,.1f} MiB at batch '
-        f'{summary["batch_size"]}, without the data set'
+        f'memory of the state   {summary["state_bytes"] / 2**20:,.1f} MiB\n'
+        f'memory of activations {summary["activation_bytes"] / 2**20:,.1f} MiB at batch '
+        f'{summary["batch_size"]}'
     )
 
 
@@ -127,7 +179,9 @@ def _augmented(config, reader: pipeline.Reader, samples: int) -> tuple[np.ndarra
     prepare = steps.make_prepare(
         augment.make_augment(config.augment), (0.0,), (1.0,), classes, jnp.float32
     )
-    prepared = jax.jit(lambda key, batch: prepare(key, batch, None))(jax.random.key(config.seed), batch)
+    prepared = jax.jit(lambda key, batch: prepare(key, batch, None))(
+        jax.random.key(config.seed), batch
+    )
     return np.asarray(prepared['image']), [reader.split.class_names[label] for label in labels]
 
 

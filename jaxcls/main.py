@@ -108,7 +108,9 @@ def _train_arguments(parser):
 
 def _evaluate_arguments(parser):
     _add_run(parser)
-    parser.add_argument('--split', default='', help="such as 'test'; default: the run's validation split")
+    parser.add_argument(
+        '--split', default='', help="such as 'test'; default: the run's validation split"
+    )
     _add_json(parser)
 
 
@@ -126,17 +128,24 @@ def _summary_arguments(parser):
 
 def _data_arguments(parser):
     _add_config(parser)
-    parser.add_argument('--sheet', type=Path, default=Path('samples.png'), help='the picture to write')
-    parser.add_argument('--samples', type=int, default=32, help='how many images are on it; default 32')
+    parser.add_argument(
+        '--sheet', type=Path, default=Path('samples.png'), help='the picture to write'
+    )
+    parser.add_argument(
+        '--samples', type=int, default=32, help='how many images are on it; default 32'
+    )
     _add_json(parser)
 
 
 def _start():
     """Before the first use of a device: one cache of compiled programs for all runs."""
+    import logging
+
     import jax
 
     from jaxcls import sharding
 
+    logging.getLogger('absl').setLevel(logging.ERROR)
     warnings.formatwarning = lambda message, *_args, **_kwargs: f'jaxcls: {message}\n'
     sharding.start_processes()
     if not jax.config.jax_compilation_cache_dir:
@@ -164,7 +173,9 @@ def _run_train(args) -> int:
 
     config = _load_config(args)
     _start()
-    directory = args.workdir or Path('runs') / (Path(args.config).stem if args.config else 'lenet_digits')
+    directory = args.workdir or Path('runs') / (
+        Path(args.config).stem if args.config else 'lenet_digits'
+    )
     out = Console()
     reporter = console.Reporter(out)
     try:
@@ -222,7 +233,7 @@ def _run_summary(args) -> int:
 
     summary = inspection.summarize(config)
     if args.json:
-        _print_json({key: value for key, value in summary.items() if key != 'table'})
+        _print_json(summary)
     else:
         print(inspection.summary_text(summary))
     return 0
@@ -247,7 +258,11 @@ _COMMANDS = {
     'train': (_train_arguments, _run_train, 'train a config, or go on with a run'),
     'evaluate': (_evaluate_arguments, _run_evaluate, 'metrics of a run on a split'),
     'predict': (_predict_arguments, _run_predict, 'the most probable classes of image files'),
-    'summary': (_summary_arguments, _run_summary, 'layers, parameters, FLOPs and memory of a config'),
+    'summary': (
+        _summary_arguments,
+        _run_summary,
+        'layers, parameters, FLOPs and memory of a config',
+    ),
     'data': (_data_arguments, _run_data, 'what a data set holds, and a sheet of augmented samples'),
 }
 

@@ -51,8 +51,9 @@ def bind(table: Mapping[str, Callable], kind: str, *, name: str, **kwargs) -> fu
       UserError: unknown name, or an argument that the factory does not have.
     """
     factory = lookup(table, name, kind)
+    parameters = inspect.signature(factory).parameters
     for argument in kwargs:
-        if argument not in inspect.signature(factory).parameters:
+        if argument not in parameters or parameters[argument].default is inspect.Parameter.empty:
             raise UserError(
                 f'{kind} {name!r} has no argument {argument!r}. '
                 f'{did_you_mean(argument, defaults(factory))}'

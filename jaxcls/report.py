@@ -44,7 +44,9 @@ def curves(records: list[dict[str, Any]]) -> Figure:
         for kind in ('train', 'validation')
     )
     figure = Figure(figsize=(10, 4), layout='constrained')
-    for axes, key, name in zip(figure.subplots(1, 2), ('loss', 'top1'), ('loss', 'accuracy'), strict=True):
+    for axes, key, name in zip(
+        figure.subplots(1, 2), ('loss', 'top1'), ('loss', 'accuracy'), strict=True
+    ):
         axes.plot(train['epoch'], train[key], color=_TRAIN, label='training (while learning)')
         axes.plot(validation['epoch'], validation[key], color=_VALIDATION, label='validation')
         if len(train['epoch']):
@@ -97,7 +99,9 @@ def sheet(images: np.ndarray, titles: Sequence[str], columns: int = 8) -> Figure
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.set_axis_off()
     for axes, image, title in zip(figure.axes, images, titles, strict=False):
-        axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap='gray', vmin=0, vmax=1)
+        axes.imshow(
+            image.squeeze(-1) if image.shape[-1] == 1 else image, cmap='gray', vmin=0, vmax=1
+        )
         axes.set_title(_shorten(title), fontsize=7, parse_math=False)
     return figure
 
@@ -105,5 +109,3 @@ def sheet(images: np.ndarray, titles: Sequence[str], columns: int = 8) -> Figure
 def _shorten(text: str, limit: int = 24) -> str:
     text = ''.join(c if c.isprintable() else '?' for c in text)
     return text if len(text) <= limit else text[: limit - 1] + '…'
-
-

@@ -47,7 +47,9 @@ def _load(experiment: experiment_lib.Experiment, path: Path) -> np.ndarray:
     try:
         encoded = path.read_bytes()
     except OSError as error:
-        raise UserError(f'{path} cannot be read: {error.strerror}. Give the path of an image.') from None
+        raise UserError(
+            f'{path} cannot be read: {error.strerror}. Give the path of an image.'
+        ) from None
     try:
         image = datasets.decode(encoded, channels)
     except UserError as error:

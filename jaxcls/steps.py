@@ -42,7 +42,11 @@ class TrainState(struct.PyTreeNode):
 
 
 def init_state(
-    model: nn.Module, tx: optax.GradientTransformation, key: jax.Array, image_shape, ema_decay: float
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    image_shape,
+    ema_decay: float,
 ) -> TrainState:
     """A fresh state for images of shape (H, W, C)."""
     init_key, run_key = jax.random.split(key)
@@ -152,8 +156,8 @@ def accumulated_gradients(accumulate_steps: int, gradients: Callable = plain_gra
 def sam_gradients(rho: float, gradients: Callable = plain_gradients) -> Callable:
     """The gradient at `params + rho * g / |g|`: sharpness-aware minimisation.
 
-    Foret et al. 2021, https://arxiv.org/abs/2010.01412. The loss, the statistics and the sums are those of the
-    unperturbed parameters.
+    Foret et al. 2021, https://arxiv.org/abs/2010.01412. The loss, the statistics and the sums are
+    those of the unperturbed parameters.
     """
 
     def perturbed(objective, params, batch_stats, batch, key):
@@ -182,9 +186,7 @@ def make_train_step(
     def train_step(state, batch):
         prepare_key, model_key = jax.random.split(jax.random.fold_in(state.key, state.step))
         batch = prepare(prepare_key, batch, state)
-        (loss, aux), grads = gradients(
-            objective, state.params, state.batch_stats, batch, model_key
-        )
+        (loss, aux), grads = gradients(objective, state.params, state.batch_stats, batch, model_key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
         ema = optimizers.ema_update(state.ema, params, ema_decay, state.step) if ema_decay else {}

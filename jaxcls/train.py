@@ -21,9 +21,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
-from jaxcls import evaluation
+from jaxcls import evaluation, metrics, pipeline, sharding, steps
 from jaxcls import experiment as experiment_lib
-from jaxcls import metrics, pipeline, sharding, steps
 from jaxcls import report as report_lib
 from jaxcls import workdir as workdir_lib
 from jaxcls.errors import UserError
@@ -70,9 +69,7 @@ class _Run(NamedTuple):
     on_event: OnEvent
 
 
-def fit(
-    config: ConfigDict, workdir: str | Path, on_event: OnEvent = lambda event: None
-) -> Result:
+def fit(config: ConfigDict, workdir: str | Path, on_event: OnEvent = lambda event: None) -> Result:
     """Trains a config in a directory, or goes on with the run that is there.
 
     Args:
@@ -102,8 +99,15 @@ def fit(
     with workdir_lib.locked(workdir), contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             workdir_lib.start(workdir, config)
-            sizes = {config.data.train: len(train.source), config.data.validation: len(validation.source)}
-            data = {'class_names': train.class_names, 'image_shape': reader.shape, 'examples': sizes}
+            sizes = {
+                config.data.train: len(train.source),
+                config.data.validation: len(validation.source),
+            }
+            data = {
+                'class_names': train.class_names,
+                'image_shape': reader.shape,
+                'examples': sizes,
+            }
             workdir_lib.write_json(workdir / 'data.json', data)
         checkpoints = workdir_lib.Checkpoints(workdir, config.keep_checkpoints)
         stack.callback(checkpoints.close)
@@ -371,9 +375,7 @@ def _finish(run: _Run, state, history, stopped: str) -> Result:
     """Waits for the last checkpoint and, at the end of training, writes the result and the pictures."""
     run.checkpoints.wait()
     validations = [record for record in history if record['kind'] == 'validation']
-    result = Result(
-        validations[-1] if validations else {}, history, state, stopped, run.workdir
-    )
+    result = Result(validations[-1] if validations else {}, history, state, stopped, run.workdir)
     if stopped in ('done', 'early'):
         sums = jax.device_get(run.evaluator(steps.evaluation_variables(state)))
         if jax.process_index() == 0:

@@ -1,12 +1,12 @@
 """A run's directory: config, metrics, checkpoints, and the lock that keeps it to one run.
 
-    config.json          the resolved config
-    environment.json     versions, git commit, devices
-    data.json            class names, image shape, sizes of the splits
-    metrics.jsonl        one JSON object a line: 'train' and 'validation' records
-    events.out.tfevents* the same for TensorBoard
-    checkpoints/STEP/    Orbax, each with a fingerprint of every array, verified on restore
-    result.json, *.png   written at the end
+config.json          the resolved config
+environment.json     versions, git commit, devices
+data.json            class names, image shape, sizes of the splits
+metrics.jsonl        one JSON object a line: 'train' and 'validation' records
+events.out.tfevents* the same for TensorBoard
+checkpoints/STEP/    Orbax, each with a fingerprint of every array, verified on restore
+result.json, *.png   written at the end
 """
 
 import contextlib
@@ -87,7 +87,9 @@ def start(workdir: Path, config: ConfigDict) -> bool:
     if path.exists():
         changes = config_lib.differences(read_config(workdir), config)
         if changes:
-            lines = '\n'.join(f'  {key}: {old!r} there, {new!r} now' for key, (old, new) in changes.items())
+            lines = '\n'.join(
+                f'  {key}: {old!r} there, {new!r} now' for key, (old, new) in changes.items()
+            )
             raise UserError(
                 f'{workdir} holds a run of a different config:\n{lines}\n'
                 f'Choose another --workdir, or the same config to continue that run.'
@@ -156,7 +158,12 @@ def _git_commit() -> str:
     command = ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
     try:
         return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=True
+            command,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return 'unknown'
@@ -208,9 +215,10 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
             cleanup_tmp_directories=not read_only,
-            read_only=read_only,
+            create=not read_only,
             enable_async_checkpointing=not read_only,
         )
+        self.read_only = read_only
         self.directory = (workdir / 'checkpoints').absolute()
         self.manager = ocp.CheckpointManager(
             self.directory, options=options, item_names=('tree', 'manifest')
@@ -272,7 +280,7 @@ class Checkpoints:
 
     def _set_aside(self, step: int, reason: str):
         bad = self.directory / str(step)
-        if self.manager._options.read_only or jax.process_index() or not bad.exists():
+        if self.read_only or jax.process_index() or not bad.exists():
             warnings.warn(f'Checkpoint of step {step} is damaged ({reason}).', stacklevel=3)
             return
         target = next(

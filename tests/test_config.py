@@ -51,7 +51,11 @@ def test_overrides_keep_the_type_of_the_field():
     assert config.epochs == 3.0 and isinstance(config.epochs, float)
     assert config.data.mean == (0.1, 0.2, 0.3)
     assert config.data.std == (1.0, 1.0, 1.0)
-    assert (config.data.name, config.model.activation, config.batch_size) == ('tfds:mnist', 'tanh', 7)
+    assert (config.data.name, config.model.activation, config.batch_size) == (
+        'tfds:mnist',
+        'tanh',
+        7,
+    )
 
 
 def test_list_items_can_be_overridden():
@@ -73,11 +77,19 @@ def test_a_new_name_starts_its_section_afresh_whatever_the_order():
     ('path', 'text', 'message'),
     [
         ('epochz', '1', "config has no field 'epochz'. Did you mean 'epochs'?"),
-        ('model.activatoin', 'relu', "config.model has no field 'activatoin'. Did you mean 'activation'?"),
+        (
+            'model.activatoin',
+            'relu',
+            "config.model has no field 'activatoin'. Did you mean 'activation'?",
+        ),
         ('model.name', 'resent20', "Unknown model 'resent20'. Did you mean 'resnet20'?"),
         ('epochs', 'ten', "config.epochs is 'ten', of type str; it must be of type float"),
         ('batch_size', '12.5', 'config.batch_size is 12.5, of type float; it must be of type int'),
-        ('batch_size', 'None', 'config.batch_size is None, of type NoneType; it must be of type int'),
+        (
+            'batch_size',
+            'None',
+            'config.batch_size is None, of type NoneType; it must be of type int',
+        ),
         ('data', '{}', 'config.data is a group of fields'),
         ('augment', '[]', 'config.augment is a group of fields'),
         ('augment[3].padding', '1', 'config.augment has items 0 to 0'),
@@ -155,7 +167,14 @@ def test_differences_name_both_sides():
 
 @pytest.mark.parametrize(
     ('epochs', 'examples', 'batch_size', 'steps'),
-    [(1, 100, 10, 10), (1, 101, 10, 11), (0.5, 100, 10, 5), (2, 101, 10, 21), (1e-9, 100, 10, 1), (0.1 * 3, 100, 10, 3)],
+    [
+        (1, 100, 10, 10),
+        (1, 101, 10, 11),
+        (0.5, 100, 10, 5),
+        (2, 101, 10, 21),
+        (1e-9, 100, 10, 1),
+        (0.1 * 3, 100, 10, 3),
+    ],
 )
 def test_epochs_to_steps(epochs, examples, batch_size, steps):
     assert config_lib.epoch_steps(epochs, examples, batch_size) == steps

@@ -68,7 +68,9 @@ def test_nothing_saved_restores_nothing(tmp_path):
 
 def damage(directory, how):
     """Damages every array file of a step."""
-    files = [path for path in (directory / 'tree').rglob('*') if path.is_file() and path.stat().st_size]
+    files = [
+        path for path in (directory / 'tree').rglob('*') if path.is_file() and path.stat().st_size
+    ]
     data = [path for path in files if '/d/' in str(path)]
     assert data
     for path in data:
@@ -86,7 +88,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(saved, how
         newest.mkdir()
     else:
         damage(newest, how)
-    with pytest.warns(UserWarning, match=r'Checkpoint of step 3 is damaged .*; it is now damaged-3-0'):
+    with pytest.warns(
+        UserWarning, match=r'Checkpoint of step 3 is damaged .*; it is now damaged-3-0'
+    ):
         restored = restore(saved)
     assert restored.step == 2
     assert_same(restored.tree, {**tree(), 'step': jnp.int32(2)})

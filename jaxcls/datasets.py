@@ -1,0 +1,222 @@
+"""Data sets by name: tfds:NAME, folder:PATH, npz:PATH or digits, as splits of images and labels.
+
+Nothing here needs TensorFlow, or JAX: worker processes import this module.
+"""
+
+import contextlib
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from jaxcls import loaders
+from jaxcls.errors import UserError
+from jaxcls.sources import ArraySource, select
+
+DATASETS: dict[str, Callable[[str, str, int], loaders.Dataset]] = {
+    'tfds': loaders.tfds,
+    'folder': loaders.folder,
+    'npz': loaders.npz,
+    'digits': loaders.digits,
+}
+MAX_PIXELS = 50_000_000
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split of a data set, or a slice of one.
+
+    Attributes:
+      source: random access, picklable: `len(source)` and `source[i] -> (image, label)`, where the
+        image is encoded bytes (PNG, JPEG, WebP, ...) or uint8 [H, W, C], the label an int.
+      class_names: [K].
+      shape: (H, W, C) of all images; H = W = 0 where sizes vary.
+      fingerprint: a hex digest that changes when the data or the slice change. It covers names,
+        sizes and modification times of files (CRCs in npz files), not every pixel.
+    """
+
+    source: Any
+    class_names: tuple[str, ...]
+    shape: tuple[int, int, int]
+    fingerprint: str
+
+
+def load(name: str, split: str, data_dir: str = '', seed: int = 0) -> Split:
+    """Opens a split of a data set, and prepares a TFDS data set that is not yet.
+
+    Args:
+      name: 'tfds:NAME' ('tfds:NAME/CONFIG:VERSION'), 'folder:PATH', 'npz:PATH' or 'digits'.
+      split: 'train', 'train[:90%]', 'test[-100:]', 'train+test', 'all': the grammar of TFDS.
+      data_dir: of TFDS; '' is $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      seed: of the split of a folder that is not split itself.
+
+    Raises:
+      UserError: the data set, the split or a file of it is not there or not what it should be.
+    """
+    dataset = _open(name, data_dir, seed)
+    ranges = parse_split(split, dataset.sizes)
+    opened = {part: dataset.open(part) for part, _, _ in ranges}
+    source = select([(opened[part], start, stop) for part, start, stop in ranges])
+    identity = [(opened[part].content, start, stop) for part, start, stop in ranges]
+    fingerprint = loaders.digest([dataset.class_names, dataset.shape, identity])
+    if name.startswith('npz:'):  # worker processes read the file, rather than be sent the pixels
+        remake = (_remake, (name, split))
+        source = ArraySource(source.images, source.labels, remake=remake)
+    return Split(source, dataset.class_names, dataset.shape, fingerprint)
+
+
+class Description(NamedTuple):
+    """What is known of a split without opening its files; see `Split`."""
+
+    shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    examples: int
+
+
+def describe(name: str, split: str, data_dir: str = '', seed: int = 0) -> Description:
+    """Describes what `load` with the same arguments opens; nothing is prepared.
+
+    A TFDS data set that is not prepared is described from TFDS's code, with 0 examples.
+    """
+    kind, _, location = name.partition(':')
+    if kind == 'tfds' and location:
+        dataset = loaders.known_tfds(location, data_dir)
+    else:
+        dataset = _open(name, data_dir, seed)
+    ranges = parse_split(split, dataset.sizes) if dataset.sizes else []
+    examples = sum(stop - start for _, start, stop in ranges)
+    return Description(dataset.shape, dataset.class_names, examples)
+
+
+def splits(name: str, data_dir: str = '') -> dict[str, int]:
+    """The number of examples of each split; prepares a TFDS data set that is not yet."""
+    return _open(name, data_dir, 0).sizes
+
+
+def _open(name: str, data_dir: str, seed: int) -> loaders.Dataset:
+    kind, _, location = name.partition(':')
+    if kind not in DATASETS or bool(location) != (kind != 'digits'):
+        hint = '' if kind in DATASETS else f" A data set of TFDS is written 'tfds:{name}'."
+        raise UserError(
+            f'Unknown data set {name!r}, expected tfds:NAME, folder:PATH, npz:PATH or digits.{hint}'
+        )
+    return DATASETS[kind](location, data_dir, seed)
+
+
+def _remake(name: str, split: str) -> ArraySource:
+    return load(name, split).source
+
+
+_PART = re.compile(r'([\w-]+)(?:\[(-?[\d_.]+%?)?:(-?[\d_.]+%?)?\])?')
+
+
+def parse_split(spec: str, sizes: dict[str, int]) -> list[tuple[str, int, int]]:
+    """The ranges (split, start, stop) of a specification in TFDS's grammar.
+
+    'train', 'train[10:]', 'train[:-10]', 'train[25%:75%]', sums of them with '+', and 'all'.
+    Percents are rounded to the closest example.
+
+    Raises:
+      UserError: unknown split, no such slice, or no example in it.
+    """
+    parts = [part.strip() for part in spec.split('+')]
+    parts = [name for part in parts for name in (sizes if part == 'all' else [part])]
+    ranges = [_parse_part(part, spec, sizes) for part in parts]
+    if not sum(stop - start for _, start, stop in ranges):
+        raise _split_error(spec, sizes, 'selects no example')
+    return [(name, start, stop) for name, start, stop in ranges if start < stop]
+
+
+def _parse_part(part: str, spec: str, sizes: dict[str, int]) -> tuple[str, int, int]:
+    match = _PART.fullmatch(part)
+    if not match:
+        raise _split_error(spec, sizes, 'is not written as train, train[:90%] or train[-100:]')
+    name, first, last = match.groups()
+    if name not in sizes:
+        raise _split_error(spec, sizes, f'names the split {name!r}, which is not there')
+    size = sizes[name]
+    percent = '%' in f'{first}{last}'  # as in TFDS, of one bound is of both
+    bounds = []
+    for bound, default in ((first, 0), (last, size)):
+        if bound is None:
+            bounds.append(default)
+            continue
+        try:
+            value = float(bound.rstrip('%')) if percent else int(bound)
+        except ValueError:
+            raise _split_error(spec, sizes, f'has the bound {bound!r}, not a number') from None
+        if abs(value) > (100 if percent else size):
+            raise _split_error(spec, sizes, f'has the bound {bound!r}, beyond the split')
+        position = round(value * size / 100) if percent else value
+        bounds.append(position + size if position < 0 else position)
+    start, stop = bounds
+    return name, start, max(start, stop)
+
+
+def _split_error(spec: str, sizes: dict[str, int], problem: str) -> UserError:
+    known = ', '.join(f'{name} ({size:,} examples)' for name, size in sizes.items())
+    return UserError(f'Split {spec!r} {problem}. The data set has {known or "no splits"}.')
+
+
+_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
+
+
+def decode(image: bytes | np.ndarray, channels: int) -> np.ndarray:
+    """Decodes an image to uint8 [H, W, channels].
+
+    Grey, palette, CMYK and 16-bit images are converted. Transparent ones are laid on white, as a
+    browser shows them, unless there are 4 channels. EXIF orientation is applied: photos stand as
+    people see them. Of an animation it is the first frame.
+
+    Args:
+      image: a file of any format that Pillow reads, or uint8 [H, W, C].
+      channels: 1 (luminance), 3 (RGB) or 4 (RGBA); for an array also its own number.
+
+    Raises:
+      UserError: damaged, above MAX_PIXELS by its header (nothing is decoded then), or 32-bit.
+    """
+    if isinstance(image, np.ndarray):
+        return _match_channels(image, channels)
+    try:
+        with Image.open(io.BytesIO(image)) as picture:
+            pixels = picture.width * picture.height
+            if pixels <= MAX_PIXELS:
+                return _to_array(picture, _MODES[channels])
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        pixels = MAX_PIXELS + 1
+    except UserError:
+        raise
+    except Exception as e:  # Pillow's decoders raise all kinds on damaged files
+        kind = f'{image[:8]!r}... of {len(image):,} bytes'
+        raise UserError(f'Not an image that can be decoded: {kind}: {e}') from e
+    raise UserError(f'Image of {pixels:,} pixels or more, expected at most {MAX_PIXELS:,}.')
+
+
+def _to_array(picture: Image.Image, mode: str) -> np.ndarray:
+    if 'exif' in picture.info:
+        with contextlib.suppress(Exception):  # many cameras write broken EXIF
+            picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith('I;16'):
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ('I', 'F'):
+        raise UserError('Image with 32 bits a pixel, expected 8 or 16: convert it to PNG or JPEG.')
+    if picture.has_transparency_data and mode != 'RGBA':
+        picture = picture.convert('RGBA')
+        white = Image.new('RGBA', picture.size, 'white')
+        picture = Image.alpha_composite(white, picture)
+    if picture.mode != mode:
+        picture = picture.convert(mode)
+    array = np.asarray(picture)
+    return array[..., None] if array.ndim == 2 else array
+
+
+def _match_channels(image: np.ndarray, channels: int) -> np.ndarray:
+    if image.shape[-1] == channels:
+        return image
+    if image.shape[-1] == 1:
+        return np.repeat(image, channels, axis=-1)
+    return _to_array(Image.fromarray(image), _MODES[channels])

@@ -1,0 +1,311 @@
+"""What all networks are made of: convolutions, norms, activations, initialisers, pools, heads.
+
+Names in configs (`activation`, `norm`, `kernel_init`, `pool`) are keys of the tables here. Every
+convolution of every model goes through `convolve`, every pool through `max_pool` or `avg_pool`, so
+a faster form of one of them is faster everywhere.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxcls.errors import UserError
+from jaxcls.registry import lookup
+
+init = jax.nn.initializers
+
+ACTIVATIONS = {
+    'relu': jax.nn.relu,
+    'leaky_relu': jax.nn.leaky_relu,
+    'relu6': jax.nn.relu6,
+    'elu': jax.nn.elu,
+    'selu': jax.nn.selu,
+    'gelu': functools.partial(jax.nn.gelu, approximate=False),
+    'silu': jax.nn.silu,
+    'hard_swish': jax.nn.hard_swish,
+    'softplus': jax.nn.softplus,
+    'sigmoid': jax.nn.sigmoid,
+    'tanh': jnp.tanh,
+    'identity': lambda x: x,
+}
+
+# Glorot & Bengio 2010; He 2015 ("Delving deep", normal as in the paper; the ResNets use fan_out);
+# Saxe 2013 (orthogonal). 'normal' is the small one (standard deviation 0.01) of Krizhevsky 2012;
+# 'truncated_normal' has 0.02 after the cut at two standard deviations, which takes 12% of it.
+INITIALIZERS = {
+    'zeros': init.zeros,
+    'normal': init.normal(0.01),
+    'truncated_normal': init.truncated_normal(0.02 / 0.8796),
+    'lecun_normal': init.variance_scaling(1.0, 'fan_in', 'normal'),
+    'glorot_normal': init.variance_scaling(1.0, 'fan_avg', 'normal'),
+    'glorot_uniform': init.variance_scaling(1.0, 'fan_avg', 'uniform'),
+    'he_normal': init.variance_scaling(2.0, 'fan_in', 'normal'),
+    'he_uniform': init.variance_scaling(2.0, 'fan_in', 'uniform'),
+    'he_normal_fan_out': init.variance_scaling(2.0, 'fan_out', 'normal'),
+    'orthogonal': init.orthogonal(),
+}
+
+
+def group_count(channels: int, size: int = 16) -> int:
+    """The number of equal groups of at least `size` channels each, as near to it as can be."""
+    group = next(g for g in range(min(size, channels), channels + 1) if channels % g == 0)
+    return channels // group
+
+
+# name -> (channels, train, **Flax fields) -> norm. Statistics are float32 whatever the dtype.
+# Batch (Ioffe & Szegedy 2015): those of the global batch when it is sharded under jit. Group (Wu &
+# He 2018): 16 channels a group, or all where there are fewer. Layer (Ba 2016): over the channels.
+NORMS = {
+    'batch': lambda _channels, train, **fields: nn.BatchNorm(
+        use_running_average=not train, momentum=0.9, epsilon=1e-5, **fields
+    ),
+    'group': lambda channels, _train, **fields: nn.GroupNorm(
+        num_groups=group_count(channels), epsilon=1e-5, **fields
+    ),
+    'layer': lambda _channels, _train, **fields: nn.LayerNorm(epsilon=1e-6, **fields),
+    'none': lambda _channels, _train, **_fields: lambda x: x,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """What all layers of one network share. Names are keys of the tables of this module."""
+
+    activation: str = 'relu'
+    norm: str = 'batch'
+    kernel_init: str = 'he_normal'
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+
+def style_of(model: nn.Module) -> Style:
+    """The `Style` in a model's fields of the same names; a field it lacks is the plain one."""
+    names = [f.name for f in dataclasses.fields(Style) if hasattr(model, f.name)]
+    return Style(**{name: getattr(model, name) for name in names})
+
+
+def check_fields(model: nn.Module) -> None:
+    """Raises a UserError for an unknown name, a rate outside [0, 1) or a bad number of classes.
+
+    Looks at those of the models' common fields that this model has.
+    """
+    tables = {'activation': ACTIVATIONS, 'norm': NORMS, 'pool': POOLS}
+    tables |= {'kernel_init': INITIALIZERS, 'head_init': INITIALIZERS}
+    for field, table in tables.items():
+        if hasattr(model, field):
+            lookup(table, getattr(model, field), field)
+    for field in ('dropout', 'drop_path'):
+        rate = getattr(model, field, 0.0)
+        if not 0 <= rate < 1:
+            raise UserError(f'{field}={rate} is not a rate: expected 0 <= {field} < 1.')
+    check_sizes(num_classes=model.num_classes)
+
+
+def check_sizes(**sizes: int | tuple[int, ...]) -> None:
+    """Raises a UserError that names the first size that is not positive and whole."""
+    for field, value in sizes.items():
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        if not all(isinstance(v, int) and v > 0 for v in values):
+            raise UserError(f'{field}={value!r}: expected whole numbers of at least 1.')
+
+
+def as_input(images: jax.Array, dtype: Any) -> jax.Array:
+    """Float images [B, H, W, C] in the compute dtype; a UserError for anything else."""
+    if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
+        raise UserError(
+            f'Got images {images.dtype}{list(images.shape)}, expected floats [B, H, W, C]: add '
+            'missing dimensions, and prepare (scale, normalise) raw images first.'
+        )
+    return images.astype(dtype)
+
+
+def check_window(x: jax.Array, window: tuple[int, int], padding: tuple[int, int], what: str):
+    """Raises a UserError when a window does not fit into padded activations [B, H, W, C]."""
+    got = x.shape[1:3]
+    need = [max(1, w - 2 * p) for w, p in zip(window, padding, strict=True)]
+    if got[0] < need[0] or got[1] < need[1]:
+        raise UserError(
+            f'The images are too small for this network: a {window[0]}x{window[1]} {what} got '
+            f'{got[0]}x{got[1]} activations, expected at least {need[0]}x{need[1]}. Use larger '
+            'images, or a network with more padding or fewer strides and pools.'
+        )
+
+
+def convolve(x, kernel, stride: int, padding: tuple[int, int], groups: int = 1) -> jax.Array:
+    """x [B, H, W, C] * kernel [h, w, C / groups, F] -> [B, H', W', F].
+
+    Args:
+      padding: zeros on both sides of the height and of the width, as in PyTorch. Always explicit:
+        what 'SAME' means with stride 2 depends on the image size.
+    """
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=[(p, p) for p in padding],
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        feature_group_count=groups,
+    )
+
+
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+class Conv(nn.Module):
+    """A convolution [B, H, W, C] -> [B, H', W', features] in the style's compute dtype.
+
+    Args:
+      kernel_size, padding: one number, or one for height and one for width. Padding not given
+        means (kernel_size - 1) / 2 zeros on each side, which keeps the size at stride 1.
+      use_bias: not given means only without a norm, which has a bias itself.
+      kernel_init: a name in INITIALIZERS; not given means the style's.
+    """
+
+    features: int
+    kernel_size: int | tuple[int, int]
+    style: Style
+    stride: int = 1
+    padding: int | tuple[int, int] | None = None
+    groups: int = 1
+    use_bias: bool | None = None
+    kernel_init: str | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        style, size = self.style, pair(self.kernel_size)
+        half = tuple((k - 1) // 2 for k in size)
+        padding = half if self.padding is None else pair(self.padding)
+        check_window(x, size, padding, 'convolution')
+        initializer = INITIALIZERS[self.kernel_init or style.kernel_init]
+        shape = (*size, x.shape[-1] // self.groups, self.features)
+        kernel = self.param('kernel', initializer, shape, style.param_dtype).astype(style.dtype)
+        x = convolve(x.astype(style.dtype), kernel, self.stride, padding, self.groups)
+        if style.norm == 'none' if self.use_bias is None else self.use_bias:
+            bias = self.param('bias', init.zeros, (self.features,), style.param_dtype)
+            x = x + bias.astype(style.dtype)
+        return x
+
+
+class ConvNormAct(nn.Module):
+    """`Conv`, then `norm_act`. Without a norm it is the kernel that `zero` starts at 0."""
+
+    features: int
+    kernel_size: int | tuple[int, int]
+    style: Style
+    stride: int = 1
+    padding: int | tuple[int, int] | None = None
+    groups: int = 1
+    act: bool = True
+    zero: bool = False
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        size, place = (self.features, self.kernel_size), (self.stride, self.padding, self.groups)
+        kernel_init = 'zeros' if self.zero and self.style.norm == 'none' else None
+        x = Conv(*size, self.style, *place, kernel_init=kernel_init, name='conv')(x)
+        return norm_act(x, self.style, train=train, act=self.act, zero=self.zero, name='norm')
+
+
+class DenseNormAct(nn.Module):
+    """A fully connected layer [B, D] -> [B, features], then `norm_act`, then dropout."""
+
+    features: int
+    style: Style
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        style = self.style
+        bare = style.norm == 'none'
+        x = dense(x, self.features, style, style.kernel_init, use_bias=bare, name='dense')
+        x = norm_act(x, style, train=train, name='norm')
+        return nn.Dropout(self.dropout)(x, deterministic=not train)
+
+
+# The next four functions make Flax submodules: call them inside a compact method.
+
+
+def norm_act(x, style: Style, *, train: bool, name: str, act: bool = True, zero: bool = False):
+    """The style's norm and then, if `act`, its activation, on [..., C].
+
+    `zero` starts the scale of the norm at 0 (Goyal 2017): a residual branch that ends here starts
+    as the identity.
+    """
+    fields = {'dtype': style.dtype, 'param_dtype': style.param_dtype, 'name': name}
+    if zero:
+        fields['scale_init'] = init.zeros
+    x = NORMS[style.norm](x.shape[-1], train, **fields)(x)
+    return ACTIVATIONS[style.activation](x) if act else x
+
+
+def dense(x, features: int, style: Style, kernel_init: str, *, name: str, use_bias: bool = True):
+    """A fully connected layer [B, D] -> [B, features] in the style's compute dtype."""
+    fields = {'dtype': style.dtype, 'param_dtype': style.param_dtype, 'name': name}
+    return nn.Dense(features, use_bias, kernel_init=INITIALIZERS[kernel_init], **fields)(x)
+
+
+def head(x, num_classes: int, style: Style, kernel_init: str) -> jax.Array:
+    """The last linear layer: [B, D] -> float32 logits [B, num_classes]."""
+    return dense(x, num_classes, style, kernel_init, name='head').astype(jnp.float32)
+
+
+def drop_path(x: jax.Array, rate: float, *, train: bool) -> jax.Array:
+    """Stochastic depth (Huang 2016): drops a branch for whole examples, scales the kept ones.
+
+    Needs the rng 'dropout', only in training and at a rate above 0.
+    """
+    all_but_the_batch = tuple(range(1, x.ndim))
+    return nn.Dropout(rate, broadcast_dims=all_but_the_batch)(x, deterministic=not train)
+
+
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """The rates of `depth` blocks: from `last / depth`, linearly up to `last` (Huang 2016)."""
+    return [last * (i + 1) / depth for i in range(depth)]
+
+
+def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:
+    """Max pooling [B, H, W, C] -> [B, H', W', C]; incomplete windows at the border are left out."""
+    check_window(x, pair(window), pair(padding), 'max pool')
+    if window == stride and padding == 0:
+        return _disjoint_max_pool(x, window)
+    return nn.max_pool(x, pair(window), pair(stride), [pair(padding)] * 2)
+
+
+def _disjoint_max_pool(x, window):
+    # The values of reduce_window, whose gradient takes 3 to 16 times as long on CPU.
+    batch, height, width, channels = x.shape
+    height, width = height // window, width // window
+    x = x[:, : height * window, : width * window]
+    x = x.reshape(batch, height, window, width * window, channels)
+    x = functools.reduce(jnp.maximum, [x[:, :, i] for i in range(window)])
+    x = x.reshape(batch, height, width, window, channels)
+    return functools.reduce(jnp.maximum, [x[:, :, :, i] for i in range(window)])
+
+
+def avg_pool(x: jax.Array, window: int, stride: int, *, partial: bool = False) -> jax.Array:
+    """Average pooling [B, H, W, C] -> [B, H', W', C].
+
+    `partial` keeps the incomplete windows at the lower and right border and averages what is there,
+    so that H' is that of a convolution of this stride.
+    """
+    if partial:
+        ends = [(math.ceil(n / stride) - 1) * stride + window for n in x.shape[1:3]]
+        padding = [(0, max(0, end - n)) for end, n in zip(ends, x.shape[1:3], strict=True)]
+    else:
+        check_window(x, pair(window), (0, 0), 'average pool')
+        padding = [(0, 0), (0, 0)]
+    return nn.avg_pool(x, pair(window), pair(stride), padding, count_include_pad=False)
+
+
+def global_avg_pool(x: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> [B, C]."""
+    return jnp.mean(x, axis=(1, 2))
+
+
+POOLS = {'max': max_pool, 'avg': avg_pool}

@@ -1,0 +1,76 @@
+"""Networks without convolutions: softmax regression and the multilayer perceptron."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from jaxcls.models.layers import (
+    DenseNormAct,
+    as_input,
+    check_fields,
+    check_sizes,
+    head,
+    style_of,
+)
+
+
+class SoftmaxRegression(nn.Module):
+    """Logits that are linear in the pixels. Convex: it can start at zero.
+
+    Call: images [B, H, W, C] float -> logits float32 [B, num_classes], features 'pooled'.
+    """
+
+    num_classes: int = 10
+    kernel_init: str = 'zeros'
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self)
+
+    @nn.compact
+    def __call__(self, images, *, train: bool = False):
+        del train
+        x = as_input(images, self.dtype)
+        x = x.reshape(x.shape[0], -1)
+        return head(x, self.num_classes, style_of(self), self.kernel_init), {'pooled': x}
+
+
+class MLP(nn.Module):
+    """Hidden layers of linear, norm, activation and dropout (Srivastava 2014), then a linear one.
+
+    Call: images [B, H, W, C] float -> logits float32 [B, num_classes], features 'hidden1', ... and
+    'pooled' (the last of them).
+
+    Args:
+      hidden: widths of the hidden layers.
+      head_init: initialiser of the last layer; `kernel_init` is that of the hidden ones.
+    """
+
+    num_classes: int = 10
+    hidden: tuple[int, ...] = (512, 256)
+    activation: str = 'relu'
+    norm: str = 'none'
+    dropout: float = 0.0
+    kernel_init: str = 'he_normal'
+    head_init: str = 'normal'
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self)
+        check_sizes(hidden=self.hidden)
+
+    @nn.compact
+    def __call__(self, images, *, train: bool = False):
+        style, features = style_of(self), {}
+        x = as_input(images, self.dtype)
+        x = x.reshape(x.shape[0], -1)
+        for i, width in enumerate(self.hidden, 1):
+            x = DenseNormAct(width, style, self.dropout, name=f'hidden{i}')(x, train=train)
+            features[f'hidden{i}'] = x
+        features['pooled'] = x
+        return head(x, self.num_classes, style, self.head_init), features

@@ -1,0 +1,532 @@
+"""Models: sizes against the literature, shapes over the registry, training laws, PyTorch parity."""
+
+import functools
+import math
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcls.errors import UserError
+from jaxcls.models import MODELS, layers, make_model
+from jaxcls.registry import defaults
+
+TINY_RESNET = {'stage_sizes': (1, 1), 'num_filters': 4}
+
+# Representatives of every kind of network, small enough to run.
+TINY = {
+    'linear': ('linear', {}),
+    'mlp': ('mlp', {'hidden': (8, 8), 'norm': 'batch'}),
+    'lenet5': ('lenet5', {'activation': 'tanh', 'pool': 'avg'}),
+    'lenet_small': ('lenet_small', {'filters': (4, 4)}),
+    'resnet': ('resnet20', TINY_RESNET),
+    'bottleneck': ('resnet50', TINY_RESNET),
+    'resnet-d': ('resnet18d', TINY_RESNET),
+    'preactivation': ('preact_resnet18', TINY_RESNET),
+    'wrn': ('wrn16_4', {**TINY_RESNET, 'width': 2}),
+    'group norm': ('resnet20', {**TINY_RESNET, 'norm': 'group'}),
+    'no norm': ('preact_resnet20', {**TINY_RESNET, 'norm': 'none'}),
+}
+
+
+def images_of(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
+
+
+# Compiling is nearly all the work here, most of all that of random bits: hence numpy's below.
+quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+def shapes_of(model, shape):
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+
+
+def random_variables(model, images):
+    """He-normal kernels, and all else near where `model.init` starts it, without compiling."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        noise = rng.standard_normal(leaf.shape, np.float32)
+        if path[-1] == 'kernel':
+            return jnp.asarray(noise * np.float32(np.sqrt(2 / math.prod(leaf.shape[:-1]))))
+        return jnp.asarray(0.1 * np.abs(noise) + (path[-1] in ('scale', 'var')))
+
+    shapes = flax.traverse_util.flatten_dict(shapes_of(model, images.shape))
+    return flax.traverse_util.unflatten_dict({p: draw(p, leaf) for p, leaf in shapes.items()})
+
+
+@functools.cache
+def tiny(kind):
+    name, fields = TINY[kind]
+    model = make_model(name, num_classes=3, **fields)
+    return model, random_variables(model, images_of(4, 16, 16, 1))
+
+
+def gradients_of(model, variables, images, rngs=None):
+    def loss(params):
+        out, updates = model.apply(
+            {**variables, 'params': params}, images, train=True, rngs=rngs, mutable=['batch_stats']
+        )
+        logits, _ = out
+        return -jax.nn.log_softmax(logits)[:, 0].mean(), (logits, updates)
+
+    gradients, (logits, updates) = jax.grad(loss, has_aux=True)(variables['params'])
+    return gradients, logits, updates
+
+
+def assert_trees_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ('name', 'size', 'channels', 'fields', 'expected'),
+    [
+        ('linear', 28, 1, {}, 7_850),
+        ('mlp', 28, 1, {'hidden': (512, 256)}, 784 * 512 + 512 + 512 * 256 + 256 + 256 * 10 + 10),
+        ('lenet5', 28, 1, {}, 61_706),
+        ('lenet5', 32, 1, {'padding': (0, 0)}, 61_706),
+        ('resnet20', 32, 3, {}, 269_722),
+        ('resnet32', 32, 3, {}, 464_154),
+        ('resnet44', 32, 3, {}, 658_586),
+        ('resnet56', 32, 3, {}, 853_018),
+        ('resnet110', 32, 3, {}, 1_727_962),
+        ('preact_resnet164', 32, 3, {}, 1_703_258),
+        ('resnet18', 32, 3, {'stem': 'small'}, 11_173_962),
+        ('resnet18', 224, 3, {'num_classes': 1000}, 11_689_512),
+        ('resnet34', 224, 3, {'num_classes': 1000}, 21_797_672),
+        ('resnet50', 224, 3, {'num_classes': 1000}, 25_557_032),
+        ('resnet101', 224, 3, {'num_classes': 1000}, 44_549_160),
+        ('resnet152', 224, 3, {'num_classes': 1000}, 60_192_808),
+        ('resnet50d', 224, 3, {'num_classes': 1000}, 25_576_264),
+        ('wrn28_10', 32, 3, {}, 36_479_194),
+    ],
+)
+def test_parameter_count_is_that_of_the_literature(name, size, channels, fields, expected):
+    params = shapes_of(make_model(name, **fields), (1, size, size, channels))['params']
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == expected
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_every_model_follows_the_protocol_in_bfloat16(name):
+    model = make_model(name, num_classes=7, dtype=jnp.bfloat16)
+    variables = shapes_of(model, (2, 32, 32, 3))
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    apply = functools.partial(model.apply, train=False)
+    logits, features = jax.eval_shape(apply, variables, images)
+    assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
+    assert {f.dtype for f in features.values()} == {jnp.dtype('bfloat16')}
+    assert all(f.shape[0] == 2 for f in features.values())
+    kernel = variables['params']['head']['kernel']
+    assert features['pooled'].shape == (2, kernel.shape[0])
+
+
+@pytest.mark.parametrize('name', [n for n in MODELS if 'resnet' in n or 'wrn' in n])
+def test_parameters_of_a_resnet_do_not_depend_on_the_image_size(name):
+    model = make_model(name)
+    variables = shapes_of(model, (1, 32, 32, 3))
+    odd = jax.ShapeDtypeStruct((1, 45, 39, 3), jnp.float32)
+    logits, features = jax.eval_shape(functools.partial(model.apply, train=False), variables, odd)
+    assert logits.shape == (1, 10)
+    stages = [f'stage{i + 1}' for i in range(len(model.stage_sizes))]
+    assert {'stem', 'pooled', *stages} <= set(features)
+    height = [features[stage].shape[1] for stage in stages]
+    assert height[1:] == [math.ceil(h / 2) for h in height[:-1]]
+
+
+def test_parameters_take_param_dtype():
+    variables = shapes_of(make_model('resnet20', param_dtype=jnp.bfloat16), (1, 32, 32, 3))
+    assert {p.dtype for p in jax.tree.leaves(variables['params'])} == {jnp.dtype('bfloat16')}
+    assert {s.dtype for s in jax.tree.leaves(variables['batch_stats'])} == {jnp.dtype('float32')}
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_every_default_is_plain_data_that_builds_the_same_model(name):
+    fields = defaults(MODELS[name])
+    as_json = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+    assert make_model(name, **fields) == make_model(name)
+    shape = (1, 32, 32, 3)
+    assert shapes_of(make_model(name, **as_json), shape) == shapes_of(make_model(name), shape)
+
+
+def test_lenet_small_takes_8x8_images():
+    model = make_model('lenet_small')
+    assert shapes_of(model, (1, 8, 8, 1))['params']['hidden1']['dense']['kernel'].shape == (
+        256,
+        128,
+    )
+
+
+# Training
+
+
+@pytest.mark.parametrize('kind', TINY)
+def test_training_moves_every_parameter_and_only_training_moves_the_statistics(kind):
+    model, variables = tiny(kind)
+    traces = []
+
+    @quick_jit
+    def step(variables, images):
+        traces.append(1)
+        gradients, _, updates = gradients_of(model, variables, images)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, variables['params'], gradients)
+        return {'params': params, **updates}, gradients
+
+    state = variables
+    for seed in range(3):
+        state, gradients = step(state, images_of(4, 16, 16, 1, seed=seed))
+    assert len(traces) == 1
+    assert jax.tree.structure(state) == jax.tree.structure(variables)
+    for path, gradient in flax.traverse_util.flatten_dict(gradients).items():
+        assert jnp.isfinite(gradient).all() and jnp.any(gradient != 0), path
+    before, after = (v.get('batch_stats', {}) for v in (variables, state))
+    assert bool(after) == (getattr(model, 'norm', 'none') == 'batch')
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), before, after)))
+    evaluate = functools.partial(model.apply, mutable=['batch_stats'])
+    _, updates = evaluate(state, images_of(4, 16, 16, 1), train=False)
+    assert_trees_equal(updates.get('batch_stats', {}), after)
+
+
+def test_eval_of_an_example_does_not_depend_on_its_batch():
+    model, variables = tiny('wrn')
+    images = images_of(4, 16, 16, 1)
+    predict = quick_jit(lambda images: model.apply(variables, images, train=False)[0])
+    np.testing.assert_allclose(predict(images)[:1], predict(images[:1]), rtol=1e-4, atol=1e-6)
+
+
+def test_batch_norm_keeps_nine_tenths_of_its_statistics():
+    model = make_model('mlp', hidden=(4,), norm='batch', kernel_init='orthogonal')
+    images = images_of(8, 2, 2, 1)
+    variables = random_variables(model, images)
+    variables['batch_stats'] = {'hidden1': {'norm': {'mean': jnp.zeros(4), 'var': jnp.ones(4)}}}
+    _, updates = model.apply(variables, images, train=True, mutable=['batch_stats'])
+    kernel = variables['params']['hidden1']['dense']['kernel']
+    hidden = images.reshape(8, 4) @ kernel
+    stats = updates['batch_stats']['hidden1']['norm']
+    np.testing.assert_allclose(stats['mean'], 0.1 * hidden.mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(stats['var'], 0.9 + 0.1 * hidden.var(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ('name', 'fields'),
+    [
+        ('mlp', {'dropout': 0.5}),
+        ('lenet_small', {'dropout': 0.5, 'norm': 'none'}),
+        ('preact_resnet20', {**TINY_RESNET, 'dropout': 0.5, 'norm': 'none'}),
+        ('resnet20', {**TINY_RESNET, 'dropout': 0.5, 'norm': 'none'}),
+        ('resnet20', {**TINY_RESNET, 'drop_path': 0.5, 'norm': 'none'}),
+        ('preact_resnet20', {**TINY_RESNET, 'drop_path': 0.5, 'norm': 'none'}),
+    ],
+)
+def test_dropout_is_random_in_training_only_and_rate_0_is_the_plain_network(name, fields):
+    images = images_of(8, 8, 8, 1)
+    rates = {rate: 0.0 for rate in ('dropout', 'drop_path') if rate in fields}
+    plain = make_model(name, **{**fields, **rates})
+    noisy = make_model(name, **fields)
+    variables = random_variables(noisy, images)
+    expected, _ = plain.apply(variables, images, train=False)
+
+    def train(model, *seeds):
+        rngs = {'dropout': jax.random.key(seeds[0])} if seeds else {}
+        return model.apply(variables, images, train=True, rngs=rngs)[0]
+
+    np.testing.assert_array_equal(noisy.apply(variables, images, train=False)[0], expected)
+    np.testing.assert_array_equal(train(plain), expected)
+    np.testing.assert_array_equal(train(noisy, 1), train(noisy, 1))
+    assert not np.allclose(train(noisy, 1), train(noisy, 2))
+    assert not np.allclose(train(noisy, 1), expected)
+    with pytest.raises(flax.errors.InvalidRngError):
+        train(noisy)
+
+
+class DropPath(nn.Module):
+    rate: float
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        return layers.drop_path(x, self.rate, train=train)
+
+
+def test_drop_path_drops_whole_examples_and_keeps_the_mean():
+    x = jnp.ones((4000, 2, 2, 3))
+    y = DropPath(0.2).apply({}, x, train=True, rngs={'dropout': jax.random.key(0)})
+    per_example = np.asarray(y).reshape(4000, -1)
+    assert (per_example == per_example[:, :1]).all()
+    assert set(np.unique(per_example)) == {np.float32(0), np.float32(1.25)}
+    np.testing.assert_allclose(y.mean(), 1, atol=0.03)
+    np.testing.assert_array_equal(DropPath(0.2).apply({}, x, train=False), x)
+
+
+def test_drop_path_grows_linearly_to_its_rate():
+    np.testing.assert_allclose(layers.drop_path_rates(0.2, 4), [0.05, 0.1, 0.15, 0.2])
+
+
+@pytest.mark.parametrize(
+    'fields', [{}, {'norm': 'none'}, {'preactivation': True}, {'branch': 'bottleneck', 'width': 1}]
+)
+def test_zero_init_residual_starts_as_the_identity(fields):
+    fields = {'stage_sizes': (2,), 'num_filters': 4, 'stem': 'small', **fields}
+    images = images_of(2, 8, 8, 3)
+    for zero in (True, False):
+        model = make_model('resnet18', zero_init_residual=zero, **fields)
+        variables = quick_jit(model.init)(jax.random.key(0), images)
+        _, features = model.apply(variables, images, train=False)
+        start = features['stem']
+        if fields.get('branch') == 'bottleneck':
+            block = variables['params']['stage1_block1']['shortcut']['conv']['kernel']
+            start = nn.relu(jnp.einsum('bhwc,cf->bhwf', start, block[0, 0]) / np.sqrt(1 + 1e-5))
+        assert np.allclose(start, features['stage1'], atol=1e-4) == zero
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ('name', 'fields', 'message'),
+    [
+        ('resnet21', {}, "Unknown model 'resnet21'. Did you mean 'resnet"),
+        ('resnet20', {'activaton': 'relu'}, "Did you mean 'activation'"),
+        ('resnet20', {'activation': 'rleu'}, "Unknown activation 'rleu'. Did you mean 'relu'"),
+        ('resnet20', {'norm': 'bach'}, "Unknown norm 'bach'. Did you mean 'batch'"),
+        ('mlp', {'kernel_init': 'he_norm'}, "Unknown kernel_init 'he_norm'. Did you mean 'he_"),
+        ('lenet5', {'head_init': 'zero'}, "Unknown head_init 'zero'. Did you mean 'zeros'"),
+        ('lenet5', {'pool': 'mean'}, "Unknown pool 'mean'. Known: avg, max"),
+        ('resnet20', {'stem': 'smal'}, "Unknown stem 'smal'. Did you mean 'small'"),
+        ('resnet20', {'shortcut': 'pads'}, "Unknown shortcut 'pads'. Did you mean 'pad'"),
+        ('resnet20', {'branch': 'bottle'}, "Unknown branch 'bottle'"),
+        ('mlp', {'dropout': 1.0}, 'dropout=1.0 is not a rate: expected 0 <= dropout < 1'),
+        ('resnet20', {'drop_path': -0.1}, 'drop_path=-0.1'),
+        ('mlp', {'hidden': (0,)}, 'hidden=(0,): expected whole numbers of at least 1'),
+        ('mlp', {'num_classes': 0}, 'num_classes=0'),
+        ('resnet20', {'stage_sizes': (3, 2.5)}, 'stage_sizes=(3, 2.5)'),
+        ('resnet20', {'stage_sizes': ()}, 'stages=0'),
+        ('wrn16_4', {'width': 0}, 'width=0'),
+        ('lenet5', {'padding': (2,)}, 'padding=(2,) with filters=(6, 16): expected one number'),
+    ],
+)
+def test_a_mistake_is_named_before_anything_is_compiled(name, fields, message):
+    with pytest.raises(UserError) as error:
+        make_model(name, **fields)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('name', 'images', 'message'),
+    [
+        ('lenet5', jnp.zeros((1, 4, 4, 1)), 'got 2x2 activations, expected at least 5x5'),
+        ('lenet_small', jnp.zeros((1, 1, 9, 1)), 'max pool got 1x9 activations'),
+        ('resnet20', jnp.zeros((32, 32, 3)), 'Got images float32[32, 32, 3], expected floats'),
+        ('mlp', jnp.zeros((1, 8, 8, 1), jnp.uint8), 'Got images uint8[1, 8, 8, 1]'),
+    ],
+)
+def test_images_that_do_not_fit_are_named_while_tracing(name, images, message):
+    with pytest.raises(UserError) as error:
+        shapes = functools.partial(make_model(name).init, train=False)
+        jax.eval_shape(shapes, jax.random.key(0), images)
+    assert message in str(error.value)
+
+
+# Layers
+
+
+@pytest.mark.parametrize('shape', [(2, 4, 6, 3), (2, 5, 7, 1)])
+@pytest.mark.parametrize('window', [2, 3])
+def test_disjoint_max_pool_is_reduce_window_with_its_gradient(shape, window):
+    x = images_of(*shape)
+    pools = [
+        lambda x: layers.max_pool(x, window, window),
+        lambda x: nn.max_pool(x, (window, window), (window, window)),
+    ]
+    (ours, backward), (theirs, their_backward) = [jax.vjp(pool, x) for pool in pools]
+    np.testing.assert_array_equal(ours, theirs)
+    gradient = images_of(*ours.shape, seed=1)
+    np.testing.assert_array_equal(backward(gradient)[0], their_backward(gradient)[0])
+
+
+def test_partial_avg_pool_averages_what_is_there():
+    x = jnp.arange(15.0).reshape(1, 3, 5, 1)
+    y = layers.avg_pool(x, 2, 2, partial=True)[0, :, :, 0]
+    np.testing.assert_allclose(y, [[3, 5, 6.5], [10.5, 12.5, 14]])
+    np.testing.assert_allclose(layers.avg_pool(x, 2, 2)[0, :, :, 0], [[3, 5]])
+
+
+def test_a_group_has_16_channels_or_the_next_divisor():
+    counts = {c: layers.group_count(c) for c in (1, 4, 7, 16, 24, 64, 75, 100)}
+    assert counts == {1: 1, 4: 1, 7: 1, 16: 1, 24: 1, 64: 4, 75: 3, 100: 5}
+
+
+@pytest.mark.parametrize(
+    ('norm', 'split', 'axes'),
+    [
+        ('batch', (4, 5, 1, 32), (0, 1, 2)),
+        ('group', (4, 5, 2, 16), (1, 3)),
+        ('layer', (4, 5, 1, 32), (3,)),
+    ],
+)
+def test_a_norm_has_mean_0_and_variance_1_over_its_axes(norm, split, axes):
+    x = 3 + 2 * images_of(4, 5, 32)
+    y, _ = layers.NORMS[norm](32, True, name='norm').init_with_output(jax.random.key(0), x)
+    y = np.asarray(y).reshape(split)
+    np.testing.assert_allclose(y.mean(axes), 0, atol=1e-5)
+    np.testing.assert_allclose(y.var(axes), 1, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ('name', 'variance'),
+    [
+        ('zeros', 0),
+        ('normal', 1e-4),
+        ('truncated_normal', 4e-4),
+        ('lecun_normal', 1 / (9 * 40)),
+        ('glorot_normal', 2 / (9 * (40 + 80))),
+        ('glorot_uniform', 2 / (9 * (40 + 80))),
+        ('he_normal', 2 / (9 * 40)),
+        ('he_uniform', 2 / (9 * 40)),
+        ('he_normal_fan_out', 2 / (9 * 80)),
+    ],
+)
+def test_the_variance_of_an_initialiser_is_that_of_its_paper(name, variance):
+    kernel = layers.INITIALIZERS[name](jax.random.key(0), (3, 3, 40, 80), jnp.float32)
+    np.testing.assert_allclose(kernel.var(), variance, rtol=0.05)
+
+
+def test_orthogonal_kernels_are_orthogonal():
+    kernel = layers.INITIALIZERS['orthogonal'](jax.random.key(0), (3, 3, 4, 8), jnp.float32)
+    flat = kernel.reshape(-1, 8)
+    np.testing.assert_allclose(flat.T @ flat, np.eye(8), atol=1e-5)
+
+
+@pytest.mark.parametrize('name', layers.ACTIVATIONS)
+def test_activations_keep_shape_and_dtype(name):
+    x = jnp.linspace(-3, 3, 8, dtype=jnp.bfloat16)
+    y = layers.ACTIVATIONS[name](x)
+    assert (y.shape, y.dtype) == (x.shape, x.dtype)
+    assert jnp.isfinite(y).all()
+
+
+# PyTorch
+
+
+class TorchResNet:
+    """The networks of He 2015, He 2016 and Zagoruyko 2016 with basic blocks, in plain PyTorch.
+
+    Weights and statistics are looked up by our names.
+    """
+
+    def __init__(self, torch, model, variables):
+        self.F, self.model, self.torch = torch.nn.functional, model, torch
+        self.weights, self.stats = (
+            {
+                path: torch.tensor(np.array(to_torch(leaf)))
+                for path, leaf in flax.traverse_util.flatten_dict(tree, sep='/').items()
+            }
+            for tree in (variables['params'], variables['batch_stats'])
+        )
+        for weight in self.weights.values():
+            weight.requires_grad_()
+
+    def conv(self, x, name, stride=1):
+        kernel = self.weights[f'{name}/kernel']
+        return self.F.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2)
+
+    def bn(self, x, name):
+        stats = self.stats[f'{name}/mean'], self.stats[f'{name}/var']
+        affine = self.weights[f'{name}/scale'], self.weights[f'{name}/bias']
+        return self.F.batch_norm(x, *stats, *affine, training=self.train, momentum=0.1, eps=1e-5)
+
+    def shortcut(self, x, name, stride, y):
+        if self.model.shortcut == 'pad':
+            channels = y.shape[1] - x.shape[1]
+            return self.F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, 0, channels))
+        if self.model.preactivation:
+            return self.conv(x, f'{name}/shortcut', stride)
+        x = self.conv(x, f'{name}/shortcut/conv', stride)
+        return self.bn(x, f'{name}/shortcut/norm')
+
+    def block(self, x, name, stride):
+        y = self.F.relu(self.bn(self.conv(x, f'{name}/conv1/conv', stride), f'{name}/conv1/norm'))
+        y = self.bn(self.conv(y, f'{name}/conv2/conv'), f'{name}/conv2/norm')
+        if y.shape != x.shape:
+            x = self.shortcut(x, name, stride, y)
+        return self.F.relu(x + y)
+
+    def preactivation_block(self, x, name, stride):
+        activated = self.F.relu(self.bn(x, f'{name}/norm1'))
+        y = self.conv(activated, f'{name}/conv1', stride)
+        y = self.conv(self.F.relu(self.bn(y, f'{name}/norm2')), f'{name}/conv2')
+        if y.shape != x.shape:
+            x = self.shortcut(activated, name, stride, y)
+        return x + y
+
+    def __call__(self, images, train):
+        self.train, model = train, self.model
+        x = self.torch.tensor(np.array(images).transpose(0, 3, 1, 2))
+        if model.preactivation:
+            x = self.conv(x, 'stem')
+        else:
+            x = self.conv(x, 'stem/conv', 2 if model.stem == 'large' else 1)
+            x = self.F.relu(self.bn(x, 'stem/norm'))
+        if model.stem == 'large':
+            x = self.F.max_pool2d(x, 3, 2, padding=1)
+        block = self.preactivation_block if model.preactivation else self.block
+        for i, size in enumerate(model.stage_sizes, 1):
+            for j in range(1, size + 1):
+                x = block(x, f'stage{i}_block{j}', 2 if i > 1 and j == 1 else 1)
+        if model.preactivation:
+            x = self.F.relu(self.bn(x, 'final_norm'))
+        return self.F.linear(x.mean((2, 3)), self.weights['head/kernel'], self.weights['head/bias'])
+
+
+def to_torch(weight):
+    """HWIO -> OIHW, [D, K] -> [K, D]."""
+    return {4: lambda w: w.transpose(3, 2, 0, 1), 2: lambda w: w.T}.get(weight.ndim, lambda w: w)(
+        np.asarray(weight)
+    )
+
+
+def relative_error(ours, theirs):
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize(
+    ('name', 'fields', 'size'),
+    [
+        ('resnet20', {}, 15),
+        ('resnet18', {'num_filters': 8}, 34),
+        ('wrn16_4', {'num_filters': 4, 'width': 2}, 9),
+    ],
+)
+def test_resnet_agrees_with_pytorch(name, fields, size):
+    torch = pytest.importorskip('torch')
+    model = make_model(name, **fields)
+    images = images_of(4, size, size, 3)
+    variables = random_variables(model, images)
+    theirs = TorchResNet(torch, model, variables)
+
+    with torch.no_grad():
+        expected = theirs(images, train=False)
+    logits, _ = quick_jit(functools.partial(model.apply, train=False))(variables, images)
+    assert relative_error(logits, expected) < 1e-4
+
+    expected = theirs(images, train=True)
+    (-torch.log_softmax(expected, 1)[:, 0].mean()).backward()
+    compute = quick_jit(functools.partial(gradients_of, model))
+    gradients, logits, updates = compute(variables, images)
+    assert relative_error(logits, expected.detach()) < 1e-4
+    ours = flax.traverse_util.flatten_dict(gradients, sep='/')
+    assert ours.keys() == theirs.weights.keys()
+    for path, gradient in ours.items():
+        error = relative_error(to_torch(gradient), theirs.weights[path].grad)
+        assert error < 1e-3, path
+    means = flax.traverse_util.flatten_dict(updates['batch_stats'], sep='/')
+    for path, mean in means.items():
+        if path.endswith('/mean'):  # PyTorch's running variance is the unbiased one
+            assert relative_error(mean, theirs.stats[path]) < 1e-4, path
