@@ -6,11 +6,14 @@ permutation: every example once an epoch, every batch full; a batch that crosses
 takes its last examples from the next one. Evaluation goes through a split in order, padded and masked.
 """
 
+import contextlib
 import functools
 import hashlib
+import multiprocessing
 import os
 import shutil
-import tempfile
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +22,7 @@ import grain
 import jax
 import numpy as np
 from absl import flags
+from filelock import FileLock
 from jax.sharding import Mesh
 from PIL import Image
 from rich.console import Console
@@ -190,19 +194,35 @@ def _cache_key(reader: Reader) -> str:
 
 
 def _decode_to(directory: Path, reader: Reader):
-    """Writes the arrays beside the directory and renames at the end: broken off, nothing is left."""
+    """Writes the arrays beside the directory and renames at the end: never a part is taken for all.
+
+    Another process that wants the same waits. What a kill leaves behind, the next call removes.
+    """
     directory.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix='.part-', dir=directory.parent))
+    part = directory.with_name(f'.{directory.name}.part')
+    with FileLock(directory.with_name(f'.{directory.name}.lock')):
+        if directory.exists():
+            return
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        try:
+            _decode_into(part, reader)
+            part.rename(directory)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _decode_into(directory: Path, reader: Reader):
     examples = len(reader.split.source)
-    try:
-        shape = (examples, *reader.shape)
-        images = np.lib.format.open_memmap(part / 'images.npy', 'w+', np.uint8, shape)
-        labels = np.empty(examples, np.int32)
-        workers = (os.cpu_count() or 1) if examples >= _MIN_PARALLEL else 0
-        dataset = grain.MapDataset.range(examples).map(_Numbered(reader)).batch(256)
-        console = Console(stderr=True)
+    shape = (examples, *reader.shape)
+    images = np.lib.format.open_memmap(directory / 'images.npy', 'w+', np.uint8, shape)
+    labels = np.empty(examples, np.int32)
+    workers = (os.cpu_count() or 1) if examples >= _MIN_PARALLEL else 0
+    dataset = grain.MapDataset.range(examples).map(_Numbered(reader)).batch(256)
+    console = Console(stderr=True)
+    with contextlib.closing(_iterate(dataset, workers)) as batches:
         for batch in track(
-            _iterate(dataset, workers),
+            batches,
             f'Decoding {examples:,} images, once',
             total=len(dataset),
             console=console,
@@ -210,12 +230,8 @@ def _decode_to(directory: Path, reader: Reader):
             disable=not console.is_terminal,
         ):
             images[batch['index']], labels[batch['index']] = batch['image'], batch['label']
-        images.flush()
-        np.save(part / 'labels.npy', labels)
-        if not directory.exists():
-            part.rename(directory)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    images.flush()
+    np.save(directory / 'labels.npy', labels)
 
 
 class _Numbered(NamedTuple):
@@ -251,8 +267,19 @@ def _iterate(dataset: grain.MapDataset, workers: int):
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which we have none of
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        elements = elements.mp_prefetch(options)
+        elements = elements.mp_prefetch(options, worker_init_fn=_start_worker)
     return iter(elements)
+
+
+def _start_worker(_index: int, _count: int):
+    """In a worker process: Ctrl-C is the parent's to handle, and where the parent dies, so it does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def resident(reader: Reader, order: Order, mesh: Mesh) -> Feed:
@@ -279,10 +306,12 @@ def stream(reader: Reader, order: Order, mesh: Mesh, steps: int, workers: int = 
     rows = sharding.local_rows(len(order(0)['index']))
     local = rows.stop - rows.start
     place = sharding.split_batch(mesh, axis=1)
-    state = {'next': -1, 'batches': iter(())}
+    state = {'next': -1, 'batches': None}
 
     def items(step: int, count: int):
         if step != state['next']:
+            if state['batches']:
+                state['batches'].close()
             positions = grain.MapDataset.range(step * local, steps * local)
             dataset = positions.map(_Ordered(reader, order, rows)).batch(local)
             state['batches'] = _iterate(dataset, workers)

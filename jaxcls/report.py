@@ -58,7 +58,8 @@ def curves(records: list[dict[str, Any]]) -> Figure:
         if len(validation[key]):
             axes.annotate(
                 f'{validation[key][-1]:.4f}', (validation['epoch'][-1], validation[key][-1]),
-                xytext=(0, 8 if key == 'loss' else -14), textcoords='offset points', ha='right', color=_VALIDATION,
+                xytext=(0, 8 if key == 'loss' else -14), textcoords='offset points', ha='right',
+                color=_VALIDATION,
             )  # fmt: skip
         if key == 'loss' and min([1, *train[key], *validation[key]]) > 0:
             axes.set_yscale('log')

@@ -11,6 +11,7 @@ import mmap
 import operator
 import os
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,17 +166,28 @@ def _in_range(index: int, length: int) -> int:
 
 def _parse(record: bytes, keys: tuple[str, str]) -> tuple[bytes, int]:
     """The image and the label of a serialised tf.train.Example."""
-    from google.protobuf.message import DecodeError
-    from tensorflow_datasets.proto import tf_example_pb2
-
+    parse, error = _example_parser()
     try:
-        features = tf_example_pb2.Example.FromString(record).features.feature
-    except DecodeError as e:
+        features = parse(record).features.feature
+    except error as e:
         raise ValueError('not a tf.train.Example') from e
     if not all(key in features for key in keys):
         raise ValueError(f'it has the features {sorted(features)}, expected {list(keys)}')
     image, label = (features[key] for key in keys)
     return image.bytes_list.value[0], label.int64_list.value[0]
+
+
+# Threads that import TFDS at the same time block each other for good: its lazy modules have locks too.
+_IMPORT = threading.Lock()
+
+
+@functools.cache
+def _example_parser() -> tuple[Callable[[bytes], Any], type[Exception]]:
+    with _IMPORT:
+        from google.protobuf.message import DecodeError
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        return tf_example_pb2.Example.FromString, DecodeError
 
 
 _AGAIN = 'Delete the directory of the data set and prepare it again, or copy it again.'

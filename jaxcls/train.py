@@ -251,6 +251,7 @@ def _train(run: _Run, restored, history) -> tuple[steps.TrainState, list[dict[st
     run.on_event({'kind': 'start', 'step': step, 'run': run, 'state': state})
     advance = _make_advance(run)
     early = _gives_up(experiment, history)
+    run.clock.lap()
     with _Signals() as signals:
         while step < experiment.total_steps and not early:
             count = events.next_call(step)

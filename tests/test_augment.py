@@ -1,5 +1,6 @@
 import colorsys
 import functools
+import itertools
 import json
 
 import jax
@@ -37,9 +38,7 @@ NEUTRAL = [
     {'name': 'affine'},
     {'name': 'rand_augment', 'num_ops': 0},
     {'name': 'mixup', 'alpha': 0},
-    {'name': 'mixup', 'probability': 0},
     {'name': 'cutmix', 'alpha': 0},
-    {'name': 'cutmix', 'probability': 0},
 ]
 
 
@@ -120,7 +119,8 @@ def test_every_augmentation_is_keyed_compiles_once_and_keeps_all_but_values(name
     assert np.any(first['image'] != other['image']) == (name != 'alternating_flip')
 
 
-@pytest.mark.parametrize('name', AUGMENTATIONS)
+# Mixing is tested with grey images below.
+@pytest.mark.parametrize('name', [name for name in AUGMENTATIONS if 'mix' not in name])
 def test_grey_images_are_treated_as_colour_images_of_three_equal_channels(name):
     spec, grey = {'name': name, **ACTIVE.get(name, {})}, random_batch(channels=1, real=6)
     colour = {**grey, 'image': np.repeat(grey['image'], 3, axis=-1)}
@@ -351,7 +351,7 @@ def box_of(erased):
     return rows.sum(1), columns.sum(1)
 
 
-@pytest.mark.parametrize('size', [1, 4, 5])
+@pytest.mark.parametrize('size', [4, 5])
 def test_cutout_erases_a_square_around_any_pixel(size):
     batch = make_batch(np.ones((600, HEIGHT, WIDTH, 3)))
     image = apply(0, batch, {'name': 'cutout', 'size': size, 'fill': 0.5})['image']
@@ -468,15 +468,18 @@ SIZE = (18, 16)
 RANGES = image_ops.PolicyRanges(40.0, 0.5, (6.0, 10.0), enhance=0.8, posterize=6.0)
 
 
-@functools.cache
-def every_op(channels, magnitudes, ranges=RANGES):
-    """All operations on one image, as [magnitude, sign, op, H, W, C]."""
-    image = jnp.asarray(levels(channels, *SIZE) / np.float32(255))
+@functools.partial(jax.jit, compiler_options=QUICK)
+def _every_op(image, ranges):
     one = functools.partial(image_ops.policy_op, image, ranges=ranges)
     over = jax.vmap(one, (0, None, None))
     over = jax.vmap(jax.vmap(over, (None, None, 0)), (None, 0, None))
-    grid = (jnp.arange(14), jnp.asarray(magnitudes, jnp.float32), jnp.asarray([-1.0, 1.0]))
-    return np.asarray(jax.jit(over, compiler_options=QUICK)(*grid))
+    return over(jnp.arange(14), jnp.arange(31) / 30, jnp.asarray([-1.0, 1.0]))
+
+
+@functools.cache
+def every_op(channels, ranges):
+    """All operations on one image, as [magnitude, sign, op, H, W, C], at 31 magnitudes."""
+    return np.asarray(_every_op(levels(channels, *SIZE) / np.float32(255), ranges))
 
 
 def reference_op(name, image, magnitude, sign):
@@ -519,9 +522,9 @@ def reference_op(name, image, magnitude, sign):
 def test_policy_operations_match_pillow_and_scipy(name):
     for channels in (1, 3):
         image = levels(channels, *SIZE)
-        for m, s in np.ndindex(2, 2):
-            got = every_op(channels, (0.3, 1.0))[m, s, image_ops.POLICY_OPS.index(name)]
-            expected = reference_op(name, image, (0.3, 1.0)[m], (-1, 1)[s])
+        for level, s in itertools.product((9, 30), (0, 1)):
+            got = every_op(channels, RANGES)[level, s, image_ops.POLICY_OPS.index(name)]
+            expected = reference_op(name, image, level / 30, (-1, 1)[s])
             blended = name in ('saturation', 'contrast', 'brightness', 'sharpness')
             assert_same(got - blended * 0.5 / 255, expected, atol=1.2 / 255)
 
@@ -531,9 +534,9 @@ def policy_batch(count):
     return make_batch(np.broadcast_to(image, (count, *image.shape)))
 
 
-def found(images, ranges, magnitudes):
+def found(images, ranges):
     """Which of [magnitude, sign, op] can have made each image: bool [B, ...]."""
-    candidates = every_op(3, magnitudes, ranges)
+    candidates = every_op(3, ranges)
     return np.stack([np.abs(candidates - x).max((-3, -2, -1)) < 1e-5 for x in images])
 
 
@@ -542,9 +545,9 @@ def test_rand_augment_draws_every_operation_in_both_directions_at_the_set_magnit
     images = apply(0, policy_batch(200), spec)['image']
     moves = tuple(side * 150 / 331 for side in SIZE)
     ranges = image_ops.PolicyRanges(30.0, 0.3, moves, enhance=0.9, posterize=4.0)
-    matches = found(images, ranges, (0.5,))
-    assert matches.any((1, 2, 3)).all()
-    assert matches.any((0, 1)).all()
+    matches = found(images, ranges)[:, 15]
+    assert matches.any((1, 2)).all()
+    assert matches.any(0).all()
 
 
 def test_rand_augment_composes_operations():
@@ -554,7 +557,7 @@ def test_rand_augment_composes_operations():
     )
     moves = tuple(side * 150 / 331 for side in SIZE)
     ranges = image_ops.PolicyRanges(30.0, 0.3, moves, enhance=0.9, posterize=4.0)
-    single = [found(got['image'], ranges, (0.5,)).any((1, 2, 3)).mean() for got in (one, two)]
+    single = [found(got['image'], ranges)[:, 15].any((1, 2)).mean() for got in (one, two)]
     # One of the two is the identity with probability 1 - (13 / 14)^2 = 0.14.
     assert single[0] == 1
     assert single[1] < 0.5
@@ -563,7 +566,7 @@ def test_rand_augment_composes_operations():
 def test_trivial_augment_draws_every_operation_at_every_magnitude():
     images = apply(0, policy_batch(300), {'name': 'trivial_augment'})['image']
     ranges = image_ops.PolicyRanges(135.0, 0.99, (32.0, 32.0), enhance=0.99, posterize=6.0)
-    matches = found(images, ranges, tuple(level / 30 for level in range(31)))
+    matches = found(images, ranges)
     assert matches.any((1, 2, 3)).all()
     sure = matches[matches.any((1, 2)).sum(1) == 1]
     assert set(np.flatnonzero(sure.any((0, 1, 2)))) >= set(range(14)) - {
@@ -579,7 +582,7 @@ MIXING = {'alpha': 0.5, 'probability': 0.7}
 
 
 def mix(name, mask):
-    batch = {**random_batch(count=400), 'mask': mask}
+    batch = {**random_batch(channels=1, count=400), 'mask': mask}
     got = apply(0, batch, {'name': name, **MIXING})
     # Targets were one-hot, and unlike the partner's.
     return batch, got, got['target'][np.arange(400), np.arange(400) % 10]

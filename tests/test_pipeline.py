@@ -1,4 +1,8 @@
 import functools
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -122,12 +126,13 @@ def test_decoded_splits_are_cached_and_mapped(split, monkeypatch, tmp_path):
     np.testing.assert_array_equal(images, again)
 
 
-def test_a_broken_off_decoding_leaves_nothing(split, monkeypatch, tmp_path):
+def test_a_broken_off_decoding_leaves_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv('JAXCLS_CACHE', str(tmp_path))
     broken = datasets.Split([(b'no image', 0)] * 3, ('a',), (0, 0, 3), 'broken')
     with pytest.raises(UserError):
         pipeline.load_arrays(pipeline.Reader(broken, 4))
-    assert [path for path in tmp_path.rglob('*') if path.is_file()] == []
+    left = [path for path in tmp_path.rglob('*') if path.is_file() and path.suffix != '.lock']
+    assert left == []
 
 
 def test_auto_chooses_by_size(split, monkeypatch):
@@ -143,3 +148,38 @@ def test_images_of_different_sizes_need_a_size(split):
     with pytest.raises(UserError, match=r'set config.data.image_size'):
         pipeline.check_size(varying, 0)
     pipeline.check_size(varying, 32)
+
+
+def test_worker_processes_end_when_their_parent_is_killed(tmp_path):
+    script = tmp_path / 'stream.py'
+    script.write_text(
+        """
+import functools, multiprocessing, os
+import numpy as np
+from jaxcls import datasets, pipeline, sharding
+
+if __name__ == '__main__':
+    images = np.zeros((64, 4, 4, 1), np.uint8)
+    source = datasets.ArraySource(images, np.zeros(64, np.int32))
+    reader = pipeline.Reader(datasets.Split(source, ('a',), (4, 4, 1), ''))
+
+    order = functools.partial(pipeline.training_order, 0, 64, 4)
+    pipeline.stream(reader, order, sharding.make_mesh(), 10**6, workers=2).items(0, 1)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    os.kill(os.getpid(), 9)
+"""
+    )
+    done = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True, timeout=60)
+    workers = [int(pid) for pid in done.stdout.split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and any(map(is_running, workers)):
+        time.sleep(0.1)
+    assert not any(map(is_running, workers))
+
+
+def is_running(pid):
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
+    except FileNotFoundError:
+        return False
