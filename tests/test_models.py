@@ -513,7 +513,7 @@ def relative_error(ours, theirs):
     ('name', 'fields', 'size'),
     [
         ('resnet20', {}, 15),
-        ('resnet18', {'num_filters': 8}, 34),
+        ('resnet18', {'num_filters': 8, 'stage_sizes': (1, 1, 1, 1)}, 34),
         ('wrn16_4', {'num_filters': 4, 'width': 2, 'stage_sizes': (2, 1)}, 9),
     ],
 )

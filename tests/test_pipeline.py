@@ -150,11 +150,13 @@ def test_images_of_different_sizes_need_a_size(split):
     pipeline.check_size(varying, 32)
 
 
+@pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='finds the workers in /proc')
 def test_worker_processes_end_when_their_parent_is_killed(tmp_path):
     script = tmp_path / 'stream.py'
     script.write_text(
         """
-import functools, multiprocessing, os
+import functools, os
+from pathlib import Path
 import numpy as np
 from jaxcls import datasets, pipeline, sharding
 
@@ -165,7 +167,11 @@ if __name__ == '__main__':
 
     order = functools.partial(pipeline.training_order, 0, 64, 4)
     pipeline.stream(reader, order, sharding.make_mesh(), 10**6, workers=2).items(0, 1)
-    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    def parent(pid):
+        return int(Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[1])
+    children = [p.name for p in Path('/proc').glob('[0-9]*') if parent(p.name) == os.getpid()]
+    spawned = [c for c in children if 'spawn_main' in Path(f'/proc/{c}/cmdline').read_text()]
+    print(*spawned, flush=True)
     os.kill(os.getpid(), 9)
 """
     )
