@@ -166,7 +166,8 @@ if __name__ == '__main__':
     reader = pipeline.Reader(datasets.Split(source, ('a',), (4, 4, 1), ''))
 
     order = functools.partial(pipeline.training_order, 0, 64, 4)
-    pipeline.stream(reader, order, sharding.make_mesh(), 10**6, workers=2).items(0, 1)
+    feed = pipeline.stream(reader, order, sharding.make_mesh(), 10**6, workers=2)
+    feed.items(0, 1)
     def parent(pid):
         return int(Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[1])
     children = [p.name for p in Path('/proc').glob('[0-9]*') if parent(p.name) == os.getpid()]
