@@ -2,7 +2,7 @@
 
     python -m jaxcls.main
 
-Hardware: 2 CPU cores. Time: TODO. Test accuracy: TODO.
+Hardware, time, accuracy: TODO
 """
 
 from jaxcls.config import get_config

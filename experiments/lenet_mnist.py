@@ -2,7 +2,7 @@
 
     python -m jaxcls.main --config=experiments/lenet_mnist.py
 
-Hardware: 2 CPU cores. Time: TODO. Test accuracy: TODO.
+Hardware, time, accuracy: TODO
 """
 
 from jaxcls import config as base

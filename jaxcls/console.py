@@ -97,7 +97,8 @@ class Reporter:
 
     def close(self):
         """Takes the live line away."""
-        self.progress.stop()
+        if self.progress.live.is_started:
+            self.progress.stop()
 
 
 def describe_devices(mesh) -> str:

@@ -1,0 +1,187 @@
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxcls import main, predict, workdir
+
+TRAIN = [
+    '--config.epochs=3', '--config.model.name=mlp', '--config.model.hidden=(16,)',
+    '--config.learning_rate=0.01',
+]  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp('command') / 'run'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, '_start', lambda: None)
+        from jaxcls import sharding
+
+        make_mesh = sharding.make_mesh
+        patch.setattr(sharding, 'make_mesh', lambda: make_mesh(__import__('jax').devices()[:1]))
+        assert main.main([f'--workdir={path}', *TRAIN]) == 0
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_start(monkeypatch):
+    """Commands do not touch the process: no cache of compiled programs, no warnings format."""
+    monkeypatch.setattr(main, '_start', lambda: None)
+
+
+@pytest.fixture
+def image(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / 'photo.png')
+    return tmp_path / 'photo.png'
+
+
+def json_of(capsys, *argv):
+    assert main.main([str(word) for word in argv]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_training_prints_plain_lines_and_a_result_when_piped(tmp_path, capsys):
+    assert main.main(['train', f'--workdir={tmp_path}/run', *TRAIN]) == 0
+    out = capsys.readouterr().out
+    assert 'mlp (1,210 parameters) on digits: 1,437 images 8x8x1, 10 classes' in out
+    assert 'validation accuracy' in out and '95% interval' in out
+    assert '\x1b' not in out
+    assert main.main(['train', f'--workdir={tmp_path}/run', *TRAIN]) == 0
+    assert 'This run is complete' in capsys.readouterr().out
+
+
+def test_evaluate_prints_one_json_object(run, capsys):
+    result = json_of(capsys, 'evaluate', run, '--json')
+    assert result['examples'] == 360
+    assert result['top1'] == workdir.read_json(run / 'result.json')['top1']
+    assert {'top5', 'loss', 'f1_macro', 'iou_mean', 'confusion', 'top1_interval'} <= set(result)
+    assert main.main(['evaluate', str(run), '--split=train', '--checkpoint=best']) == 0
+    assert '1,437 examples' in capsys.readouterr().out
+
+
+def test_predict_ranks_classes_by_probability(run, image, capsys):
+    result = json_of(capsys, 'predict', run, image, image, '--json')
+    guesses = result['images'][0]['predictions']
+    probabilities = [guess['probability'] for guess in guesses]
+    assert len(result['images']) == 2 and len(guesses) == 5
+    assert probabilities == sorted(probabilities, reverse=True)
+    everything = predict(run, [image], top=10)[0]['predictions']
+    assert sum(guess['probability'] for guess in everything) == pytest.approx(1.0)
+    assert main.main(['predict', str(run), str(image), '--top=1']) == 0
+    assert capsys.readouterr().out.count('%') == 1
+
+
+def test_predict_agrees_with_evaluate_on_the_images_of_the_data_set(run, tmp_path):
+    from jaxcls import datasets, evaluate
+
+    split = datasets.load('digits', 'test[:20]')
+    paths = []
+    for i in range(20):
+        paths.append(tmp_path / f'{i}.png')
+        Image.fromarray(split.source.images[i].squeeze(-1)).save(paths[-1])
+    guesses = [int(result['predictions'][0]['class']) for result in predict(run, paths)]
+    right = sum(guess == split.source[i][1] for i, guess in enumerate(guesses))
+    assert right == round(evaluate(run, 'test[:20]')['top1'] * 20)
+
+
+def test_summary_counts_parameters_and_flops(capsys):
+    summary = json_of(capsys, 'summary', '--json', '--config.model.name=linear')
+    assert summary['parameters'] == 650
+    assert 2 * 640 <= summary['flops'] <= 2 * 640 + 400  # and the normalisation
+    assert summary['layers'] == [{'name': 'head', 'output': [10], 'parameters': 650}]
+    assert main.main(['summary']) == 0
+    assert 'FLOPs, forward' in capsys.readouterr().out
+
+
+def test_data_describes_and_draws(tmp_path, capsys):
+    sheet = tmp_path / 'sheet.png'
+    data = json_of(capsys, 'data', '--json', f'--sheet={sheet}', '--samples=5')
+    assert data['splits'] == {'train': 1437, 'test': 360}
+    assert sum(data['train_examples_per_class']) == 1437
+    with Image.open(sheet) as picture:
+        assert picture.width > 100
+    assert main.main(['data', f'--sheet={sheet}', '--samples=1']) == 0
+    assert 'split train' in capsys.readouterr().out
+
+
+def test_help_answers_fast_and_names_the_commands():
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, '-m', 'jaxcls.main', '--help'], capture_output=True, text=True, check=True
+    )
+    assert time.monotonic() - begin < 20  # a hang, not a benchmark
+    for command in ('train', 'evaluate', 'predict', 'summary', 'data'):
+        assert command in done.stdout
+    code = 'import sys, jaxcls.main; print("jax" in sys.modules)'
+    loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert loaded.stdout == 'False\n'
+
+
+MISTAKES = [
+    (['--config.epochz=3'], "Did you mean 'epochs'?"),
+    (['--config.epochs', 'many'], 'must be of type float'),
+    (['--config.learning_rate=-1'], 'must be more than 0'),
+    (['--config.model.name=resent20'], "Did you mean 'resnet20'?"),
+    (['--config.model.activation=rleu'], "Did you mean 'relu'?"),
+    (['--config.model.dropout=1.5'], 'dropout'),
+    (['--config.optimizer.name=sdg'], "Did you mean 'sgd'?"),
+    (['--config.optimizer.name=sgd', '--config.optimizer.momentum=1.0'], 'momentum'),
+    (['--config.schedule.name=cosin'], "Did you mean 'cosine'?"),
+    (['--config.loss.label_smoothing=1.0'], 'label_smoothing'),
+    (['--config.data.name=mnist'], 'tfds:mnist'),
+    (['--config.data.name=folder:/nowhere'], '/nowhere'),
+    (['--config.data.name=npz:/nowhere.npz'], '/nowhere.npz'),
+    (['--config.data.train=trian'], 'trian'),
+    (['--config.data.mean=(0.1,0.2)', '--config.data.std=(1,1)'], 'channel'),
+    (['--config=nowhere.py'], 'No config file'),
+    (['--config.warmup_epochs=100'], 'must be less than config.epochs'),
+    (['--config.batch_size=0'], 'at least 1'),
+    (['evaluate', '/nowhere'], 'is not a run'),
+    (['predict', '/nowhere', 'x.png'], 'is not a run'),
+    (['predict', 'RUN', '/nowhere.png'], 'cannot be read'),
+    (['predict', 'RUN', 'CONFIG'], 'config.json'),
+    (['predict', 'RUN', 'x.png', '--top=0'], 'at least 1'),
+    (['evaluate', 'RUN', '--checkpoint=12345'], "No checkpoint '12345'"),
+    (['evaluate', 'RUN', '--split=tset'], 'tset'),
+    (['data', '--samples=0'], 'at least 1'),
+    (['data', '--sheet=/nowhere/sheet.png'], 'cannot be written'),
+    (['--workdir=/proc/nowhere'], 'cannot be written'),
+]
+
+
+@pytest.mark.parametrize(('argv', 'message'), MISTAKES, ids=lambda value: ' '.join(value)[:60] if isinstance(value, list) else '')
+def test_a_mistake_is_one_message_and_nothing_compiled(argv, message, run, tmp_path, capsys, monkeypatch):
+    from jaxcls import train
+
+    monkeypatch.setattr(train, '_make_advance', None)
+    names = {'RUN': str(run), 'CONFIG': str(run / 'config.json')}
+    argv = [names.get(word, word) for word in argv]
+    if argv[0].startswith('--config') and not any(word.startswith('--workdir') for word in argv):
+        argv.append(f'--workdir={tmp_path}/never')
+    assert main.main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == '' and message in captured.err
+    assert captured.err.startswith('jaxcls: ') and 'Traceback' not in captured.err
+    assert not (tmp_path / 'never').exists()
+
+
+@pytest.mark.parametrize(
+    'argv', [['tarin'], ['evaluate'], ['predict', 'x'], ['evaluate', 'x', '--config.epochs=1'], ['--wrkdir=x']]
+)
+def test_wrong_words_are_usage_errors(argv, capsys):
+    with pytest.raises(SystemExit) as error:
+        main.main(argv)
+    assert error.value.code == 2 and 'usage' in capsys.readouterr().err
+
+
+def test_a_run_of_another_config_is_refused(run, capsys):
+    assert main.main([f'--workdir={run}', *TRAIN, '--config.seed=1']) == 2
+    assert 'seed: 0 there, 1 now' in capsys.readouterr().err
+
+
