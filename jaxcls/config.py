@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             'seed': 0,
-            'epochs': 40.0,
+            'epochs': 20.0,
             'batch_size': 64,
             'precision': 'float32',  # 'bfloat16': all of it; 'mixed': parameters stay float32
             'data': {
@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
             'model': {'name': 'lenet_small'},
             'loss': {'name': 'cross_entropy'},
             'optimizer': {'name': 'adam'},
-            'learning_rate': 0.002,
+            'learning_rate': 0.003,
             'schedule': {'name': 'cosine'},
             'warmup_epochs': 0.0,
             'weight_decay': 0.0,  # decoupled, of kernels only

@@ -192,7 +192,14 @@ def abstract_state(experiment: Experiment, mesh: Mesh) -> steps.TrainState:
 def initial_state(experiment: Experiment, abstract: steps.TrainState) -> steps.TrainState:
     """The state of step 0, placed on the devices."""
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(lambda: init(experiment, experiment.config.seed), out_shardings=placed)()
+    # It runs once, and on CPU most of it is compiling random numbers, which optimised takes seconds.
+    options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+    fresh = jax.jit(
+        lambda: init(experiment, experiment.config.seed),
+        out_shardings=placed,
+        compiler_options=options,
+    )
+    return fresh()
 
 
 def abstract_checkpoint(experiment: Experiment, mesh: Mesh) -> tuple[steps.TrainState, Any]:

@@ -117,7 +117,7 @@ def test_override_mistakes_are_one_message(path, text, message):
         ('ema_decay', 1.0, 'config.ema_decay is 1.0'),
         ('precision', 'float16', "config.precision is 'float16'"),
         ('parameters', 'fdsp', "Did you mean 'fsdp'?"),
-        ('warmup_epochs', 40.0, 'must be less than config.epochs'),
+        ('warmup_epochs', 20.0, 'must be less than config.epochs'),
         ('accumulate_steps', 3, 'does not divide into config.accumulate_steps 3'),
         ('data.pipeline', 'steam', "Did you mean 'stream'?"),
         ('data.std', (0.0,), 'each must be more than 0'),

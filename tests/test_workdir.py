@@ -154,7 +154,7 @@ def test_another_config_is_refused_with_the_differences(tmp_path):
     assert config_lib.differences(workdir.read_config(tmp_path), config) == {}
     assert json.loads((tmp_path / 'environment.json').read_text())['jax'] == jax.__version__
     config.epochs = 3.0
-    with pytest.raises(UserError, match=r'epochs: 40.0 there, 3.0 now'):
+    with pytest.raises(UserError, match=r'epochs: 20.0 there, 3.0 now'):
         workdir.start(tmp_path, config)
 
 

@@ -186,7 +186,7 @@ class Conv(nn.Module):
         shape = (*size, x.shape[-1] // self.groups, self.features)
         kernel = self.param('kernel', initializer, shape, style.param_dtype).astype(style.dtype)
         x = convolve(x.astype(style.dtype), kernel, self.stride, padding, self.groups)
-        if style.norm == 'none' if self.use_bias is None else self.use_bias:
+        if self.use_bias or (self.use_bias is None and style.norm == 'none'):
             bias = self.param('bias', init.zeros, (self.features,), style.param_dtype)
             x = x + bias.astype(style.dtype)
         return x
