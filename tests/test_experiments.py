@@ -29,7 +29,9 @@ def build(path):
     config = experiment_lib.resolve(config_lib.load_file(path))
     shape, classes, examples = DATA[config.data.name]
     size = config.data.image_size
-    return experiment_lib.build(config, (size or shape[0], size or shape[1], shape[2]), classes, examples)
+    return experiment_lib.build(
+        config, (size or shape[0], size or shape[1], shape[2]), classes, examples
+    )
 
 
 def test_the_header_says_how_to_run_it_and_what_came_out(path):

@@ -6,7 +6,13 @@ from PIL import Image
 from jaxcls import report
 
 RECORDS = [
-    {'kind': kind, 'step': epoch * 10, 'epoch': float(epoch), 'loss': loss / epoch, 'top1': 1 - loss / 4}
+    {
+        'kind': kind,
+        'step': epoch * 10,
+        'epoch': float(epoch),
+        'loss': loss / epoch,
+        'top1': 1 - loss / 4,
+    }
     for epoch in (1, 2, 3)
     for kind, loss in (('train', 1.0), ('validation', 2.0))
 ]

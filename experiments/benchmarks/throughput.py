@@ -3,8 +3,8 @@
     python experiments/benchmarks/throughput.py --config=experiments/lenet_mnist.py --steps=100
 
 Bare is the compiled train step on one batch that stays on the device. Whole is the same step fed as
-`fit` feeds it. For a streamed config the reader alone is timed too. Prints medians of the pairs, images/s, and
-their ratio with its spread.
+`fit` feeds it. For a streamed config the reader alone is timed too. Prints medians of the pairs,
+images/s, and their ratio with its spread.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     pip install torch
     python experiments/benchmarks/torch_resnet20.py --epochs=5
 
-Prints a line an epoch: epoch, seconds, training loss, test accuracy. The network is the ResNet-20 of He et al.
-2015 (option A), written from the paper.
+Prints a line an epoch: epoch, seconds, training loss, test accuracy. The network is the ResNet-20
+of He et al. 2015 (option A), written from the paper.
 """
 
 import argparse
@@ -57,7 +57,8 @@ def resnet20():
 
 def to_tensor(images):
     """uint8 [B, H, W, C] to normalised float [B, C, H, W]."""
-    x = (torch.from_numpy(np.ascontiguousarray(images)).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    x = torch.from_numpy(np.ascontiguousarray(images)).float() / 255
+    x = (x - torch.tensor(MEAN)) / torch.tensor(STD)
     return x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
@@ -128,8 +129,9 @@ def main():
             top1 = accuracy(model, test_images, test_labels)
             seconds = time.perf_counter() - begin
             mean = np.mean(losses[-per_epoch:])
-            print(f'epoch {(step + 1) / per_epoch:.2f}  {seconds:.0f} s  loss {mean:.4f}  accuracy {top1:.4f}',
-                  flush=True)  # fmt: skip
+            epoch = (step + 1) / per_epoch
+            line = f'epoch {epoch:.2f}  {seconds:.0f} s  loss {mean:.4f}  accuracy {top1:.4f}'
+            print(line, flush=True)
 
 
 if __name__ == '__main__':
