@@ -154,6 +154,31 @@ MISTAKES = [
     (['data', '--samples=0'], 'at least 1'),
     (['data', '--sheet=/nowhere/sheet.png'], 'cannot be written'),
     (['--workdir=/proc/nowhere'], 'cannot be written'),
+    (['--workdir=OTHER'], 'holds files but no run'),
+    (['--config=CONFIG'], 'No config file'),
+    (['--config.model.name=mlp', '--config.model.hidden=64'], 'must be of type tuple'),
+    (['--config.model.name=mlp', '--config.model.hidden=(0,)'], 'hidden'),
+    (['--config.model.name=lenet5'], 'too small for this network'),
+    (['--config.model.kernel_init=hee_normal'], "Did you mean 'he_normal'?"),
+    (['--config.model.num_classes=3'], 'num_classes'),
+    (['--config.optimizer={}'], 'is a group of fields'),
+    (['--config.schedule.name=step'], 'boundaries'),
+    (['--config.precision=fp16'], 'config.precision'),
+    (['--config.parameters=shard'], 'config.parameters'),
+    (['--config.seed=-1'], 'at least 0'),
+    (['--config.epochs=nan'], 'config.epochs'),
+    (['--config.clip_norm=-1'], 'at least 0'),
+    (['--config.ema_decay=1'], 'config.ema_decay'),
+    (['--config.accumulate_steps=3'], 'equal parts'),
+    (['--config.log_every_steps=0'], 'at least 1'),
+    (['--config.keep_checkpoints=0'], 'at least 1'),
+    (['--config.data.image_size=8.5'], 'must be of type int'),
+    (['--config.data.crop=random_resized'], 'set config.data.image_size'),
+    (['--config.data.validation=test[90%:'], 'test[90%:'),
+    (['--config.data.name=tfds:mnits', '--config.data.dir=/nowhere'], 'mnist'),
+    (['--config.data.pipeline=steam'], "Did you mean 'stream'?"),
+    (['evaluate', 'RUN', '--split=test[:0]'], 'test[:0]'),
+    (['predict', 'RUN', 'OTHER'], 'cannot be read'),
 ]
 
 
@@ -166,8 +191,11 @@ def test_a_mistake_is_one_message_and_nothing_compiled(
     from jaxcls import train
 
     monkeypatch.setattr(train, '_make_advance', None)
-    names = {'RUN': str(run), 'CONFIG': str(run / 'config.json')}
-    argv = [names.get(word, word) for word in argv]
+    other = tmp_path / 'other'
+    other.mkdir()
+    (other / 'thesis.tex').touch()
+    for name, value in {'RUN': run, 'CONFIG': run / 'config.json', 'OTHER': other}.items():
+        argv = [word.replace(name, str(value)) for word in argv]
     if argv[0].startswith('--config') and not any(word.startswith('--workdir') for word in argv):
         argv.append(f'--workdir={tmp_path}/never')
     assert main.main(argv) == 2

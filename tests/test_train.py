@@ -20,7 +20,7 @@ def small(**fields):
             'batch_size': 16,
             'log_every_steps': 3,
             'learning_rate': 0.02,
-            'model': {'name': 'mlp', 'hidden': (8,), 'norm': 'batch', 'dropout': 0.1},
+            'model': {'name': 'mlp', 'hidden': (32,), 'norm': 'batch', 'dropout': 0.1},
             'data': {'train': 'train[:100]', 'validation': 'test[:50]'},
             'augment': [{'name': 'pad_crop', 'padding': 1}],
             'ema_decay': 0.9,
@@ -60,7 +60,7 @@ def test_a_run_leaves_its_files_and_learns(uninterrupted):
     assert [r['step'] for r in records if r['kind'] == 'train'] == [3, 6, 7, 9, 12, 13]
     assert [r['step'] for r in records if r['kind'] == 'validation'] == [7, 13]
     train_losses = [r['loss'] for r in records if r['kind'] == 'train']
-    assert train_losses[-1] < train_losses[0]
+    assert train_losses[-2] < 0.9 * train_losses[0]
     assert sum(r['examples'] for r in records if r['kind'] == 'train') == 13 * 16
     result = json.loads((path / 'result.json').read_text())
     assert np.trace(result['confusion']) == round(result['top1'] * 50)
