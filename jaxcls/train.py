@@ -5,6 +5,7 @@ at a step depends on the step alone, and a checkpoint holds the state with the s
 a run that is killed anywhere resumes to the same bits and the same log.
 """
 
+import bisect
 import collections
 import contextlib
 import functools
@@ -95,47 +96,56 @@ def fit(config: ConfigDict, workdir: str | Path, on_event: OnEvent = lambda even
     experiment = experiment_lib.build(
         config, reader.shape, len(train.class_names), len(train.source)
     )
-    like = experiment_lib.abstract_checkpoint(experiment, mesh)
+    like = experiment_lib.abstract_checkpoint(experiment, mesh)  # traces the whole step
     with workdir_lib.locked(workdir), contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             workdir_lib.start(workdir, config)
-            sizes = {
-                config.data.train: len(train.source),
-                config.data.validation: len(validation.source),
-            }
-            data = {
-                'class_names': train.class_names,
-                'image_shape': reader.shape,
-                'examples': sizes,
-            }
-            workdir_lib.write_json(workdir / 'data.json', data)
+            _write_data(workdir, config, reader, validation)
         checkpoints = workdir_lib.Checkpoints(workdir, config.keep_checkpoints)
         stack.callback(checkpoints.close)
         restored = checkpoints.restore(like)
         history = _rewind(workdir, restored.step if restored else 0)
-        writer = None
-        if jax.process_index() == 0:
-            writer = SummaryWriter(str(workdir), purge_step=restored.step + 1 if restored else None)
-            stack.callback(writer.close)
-        order = functools.partial(
-            pipeline.training_order, config.seed, experiment.examples, config.batch_size
-        )
         run = _Run(
             experiment=experiment,
             mesh=mesh,
             workdir=workdir,
             checkpoints=checkpoints,
             evaluator=evaluation.make_evaluator(experiment, config.data.validation, mesh),
-            feed=experiment_lib.make_feed(
-                config, reader, order, mesh, experiment.total_steps, train=True
-            ),
+            feed=_training_feed(experiment, reader, mesh),
             like=like,
             events=_Events.of(experiment),
             clock=_Clock(history[-1]['seconds'] if history else 0.0),
-            writer=writer,
+            writer=_tensorboard(workdir, restored, stack),
             on_event=on_event,
         )
         return _finish(run, *_train(run, restored, history))
+
+
+def _write_data(workdir: Path, config, reader: pipeline.Reader, validation):
+    sizes = {
+        config.data.train: len(reader.split.source),
+        config.data.validation: len(validation.source),
+    }
+    names, shape = reader.split.class_names, reader.shape
+    data = {'class_names': names, 'image_shape': shape, 'examples': sizes}
+    workdir_lib.write_json(workdir / 'data.json', data)
+
+
+def _training_feed(experiment, reader: pipeline.Reader, mesh) -> pipeline.Feed:
+    config = experiment.config
+    order = functools.partial(
+        pipeline.training_order, config.seed, experiment.examples, config.batch_size
+    )
+    return experiment_lib.make_feed(config, reader, order, mesh, experiment.total_steps, train=True)
+
+
+def _tensorboard(workdir: Path, restored, stack: contextlib.ExitStack) -> SummaryWriter | None:
+    """The event file of the first process; what an earlier start wrote after the step is purged."""
+    if jax.process_index():
+        return None
+    writer = SummaryWriter(str(workdir), purge_step=restored.step + 1 if restored else None)
+    stack.callback(writer.close)
+    return writer
 
 
 def _check_classes(train: tuple[str, ...], validation: tuple[str, ...]):
@@ -155,11 +165,12 @@ def _rewind(workdir: Path, step: int) -> list[dict[str, Any]]:
 
 
 class _Events(NamedTuple):
-    """The steps after which something is logged, validated or saved."""
+    """The steps after which something is logged, validated or saved; each call of a program ends by one."""
 
-    log: set[int]
-    validate: set[int]
-    checkpoint: set[int]
+    log: frozenset[int]
+    validate: frozenset[int]
+    checkpoint: frozenset[int]
+    stops: list[int]
     steps_per_call: int
 
     @classmethod
@@ -168,21 +179,22 @@ class _Events(NamedTuple):
 
         def every(epochs):
             count = int(total / experiment.steps(epochs)) + 1
-            steps_ = {experiment.steps(i * epochs) for i in range(1, count + 1)}
-            return {step for step in steps_ if step < total} | {total}
+            due = {experiment.steps(i * epochs) for i in range(1, count + 1)}
+            return frozenset(step for step in due if step < total) | {total}
 
-        validate = every(config.validate_every_epochs)
-        log = set(range(config.log_every_steps, total, config.log_every_steps)) | validate
-        per_call = config.steps_per_call
-        if not per_call:
-            per_call = 1 if jax.default_backend() == 'cpu' else _STEPS_PER_CALL
-        return cls(log, validate, every(config.checkpoint_every_epochs), per_call)
+        validate, checkpoint = (
+            every(config.validate_every_epochs),
+            every(config.checkpoint_every_epochs),
+        )
+        log = validate | set(range(config.log_every_steps, total, config.log_every_steps))
+        auto = 1 if jax.default_backend() == 'cpu' else _STEPS_PER_CALL
+        stops = sorted(log | checkpoint)
+        return cls(log, validate, checkpoint, stops, config.steps_per_call or auto)
 
     def next_call(self, step: int) -> int:
-        """How many steps to run as one program: all of a call, or one before an event in between."""
-        size = self.steps_per_call
-        events = self.log | self.checkpoint if size > 1 else ()
-        return 1 if any(step < event < step + size for event in events) else size
+        """How many steps to run as one program: all of a call, or one where an event is nearer."""
+        near = self.stops[bisect.bisect_right(self.stops, step)] - step
+        return self.steps_per_call if near >= self.steps_per_call else 1
 
 
 class _Clock:

@@ -163,3 +163,10 @@ def test_fit_runs_outside_the_main_thread(tmp_path):
     thread.start()
     thread.join()
     assert results[0].stopped == 'done'
+
+
+def test_many_steps_a_call_change_neither_events_nor_results(uninterrupted, tmp_path):
+    fit(small(steps_per_call=3), tmp_path)
+    for one, many in zip(log(uninterrupted.workdir), log(tmp_path), strict=True):
+        assert one.keys() == many.keys() and one['step'] == many['step']
+        assert one['loss'] == pytest.approx(many['loss'], rel=1e-4)
