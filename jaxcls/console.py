@@ -20,7 +20,7 @@ class Reporter:
         self.progress = Progress(
             TextColumn('{task.description}'), BarColumn(), console=console, transient=True
         )
-        self.task = self.progress.add_task('', total=None)
+        self.task = self.progress.add_task('compiling', total=None)
 
     def __call__(self, event: dict[str, Any]):
         if jax.process_index() == 0:
@@ -31,6 +31,7 @@ class Reporter:
         experiment, config = run.experiment, run.experiment.config
         parameters = sum(leaf.size for leaf in jax.tree.leaves(event['state'].params))
         self.total, self.batch_size = experiment.total_steps, config.batch_size
+        self.epochs_a_step = config.batch_size / experiment.examples
         self.validate = run.events.validate
         self.first, self.begin = event['step'], time.perf_counter()
         shape = 'x'.join(map(str, experiment.image_shape))
@@ -58,7 +59,7 @@ class Reporter:
         step = event['step']
         speed = (step - self.first) / max(time.perf_counter() - self.begin, 1e-6)
         left = (self.total - step) / max(speed, 1e-6)
-        parts = [f'step {step:,}/{self.total:,}']
+        parts = [f'step {step:,}/{self.total:,}', f'epoch {step * self.epochs_a_step:.2f}']
         if self.train:
             parts += [f'loss {self.train["loss"]:.4f}', f'accuracy {self.train["top1"]:.2%}']
         parts += [f'{speed * self.batch_size:,.0f} images/s', f'{_duration(left)} left']

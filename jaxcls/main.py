@@ -6,6 +6,7 @@ Exit status: 0 done, 2 a mistake to mend, 130 stopped by Ctrl-C, 143 by SIGTERM 
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -184,7 +185,8 @@ def _run_train(args) -> int:
         reporter.close()
     if result.stopped in ('SIGINT', 'SIGTERM'):
         reporter.print(f'Stopped by {result.stopped}; all steps are saved. To go on, run:')
-        reporter.print(f'  jaxcls {" ".join(sys.argv[1:])}')
+        program = 'jaxcls' if Path(sys.argv[0]).stem == 'jaxcls' else 'python -m jaxcls.main'
+        reporter.print(f'  {program} {shlex.join(sys.argv[1:])}')
         return 128 + signal.Signals[result.stopped]
     out.print(console.result_table(result, workdir.read_json(directory / 'result.json')))
     return 0

@@ -54,10 +54,12 @@ def _load(experiment: experiment_lib.Experiment, path: Path) -> np.ndarray:
         image = datasets.decode(encoded, channels)
     except UserError as error:
         raise UserError(f'{path}: {error}') from None
-    if image.shape[:2] == (height, width):
+    data = experiment.config.data
+    if not data.image_size and image.shape[:2] == (height, width):
         return image
     if height == width:
-        box = pipeline.center_box(*image.shape[:2], experiment.config.data.crop_fraction)
+        fraction = data.crop_fraction if data.image_size else 1.0
+        box = pipeline.center_box(*image.shape[:2], fraction)
     else:
         box = (0, 0, image.shape[1], image.shape[0])
     return pipeline.resize(image, (height, width), box)

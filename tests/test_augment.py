@@ -336,7 +336,8 @@ def test_random_resized_crop_draws_area_and_aspect_and_stays_inside():
     assert 0.499 < aspect.min() < 0.6 and 1.7 < aspect.max() < 2.001
     edges = np.stack([origin + 0.5 - 12 * sides, origin + 0.5 + 12 * sides])
     assert edges.min() > -1e-2 and edges.max() < 24.01
-    assert edges.min() < 1 and edges.max() > 23
+    # The corner is uniform in what room there is.
+    assert stats.kstest(((edges[0] / (24 - 24 * sides)).ravel()), 'uniform').pvalue > 1e-3
 
 
 # Erasing.
@@ -453,7 +454,8 @@ def test_color_jitter_draws_factors_around_one_and_turns_around_zero():
     assert -0.101 < turns.min() < -0.09 and 0.09 < turns.max() < 0.101
     # A strength above 1 does not give negative factors.
     image = apply(0, batch, {'name': 'color_jitter', 'brightness': 2.0})['image']
-    assert np.mean(image == 1.0) > 0.02 and image.min() < 0.02
+    assert np.mean(image == 1.0) > 0.02
+    assert image.min() < 0.02 and np.mean(image == 0.0) < 0.02
 
 
 def test_saturation_and_hue_leave_grey_images_exactly():
@@ -573,7 +575,7 @@ def test_trivial_augment_draws_every_operation_at_every_magnitude():
         image_ops.POLICY_OPS.index('identity')
     }
     sure = matches[matches.any((2, 3)).sum(1) == 1]
-    assert sure.any((0, 2, 3)).mean() > 0.9
+    assert sure.any((0, 2, 3))[1:].all()
 
 
 # Mixing.
@@ -611,6 +613,9 @@ def test_cutmix_pastes_a_box_and_mixes_targets_by_its_area():
     assert_same(got['target'], share[:, None] * (target - partner) + partner)
     assert 0.4 < np.mean(share < 1) < 0.75
     assert share.min() < 0.3
+    # Boxes are centred, and clipped, on all sides alike.
+    often = pasted.mean(0)
+    assert np.abs(often - often[::-1, ::-1]).mean() < 0.03
 
 
 @pytest.mark.parametrize('name', ['mixup', 'cutmix'])
