@@ -17,7 +17,7 @@ import optax
 from optax import contrib
 
 from jaxcls import registry
-from jaxcls.errors import UserError
+from jaxcls.errors import require
 
 Params = Any
 Schedule = Callable[[jax.Array], jax.Array]
@@ -192,7 +192,7 @@ def _schedule_free_adamw(
 
 
 def _schedule_free(base, learning_rate, weight_decay, b1, weight_lr_power):
-    _require(b1 > 0, 'optimizer.b1', b1, 'more than 0 and below 1')
+    require(b1 > 0, 'optimizer.b1', b1, 'more than 0 and below 1')
     base = optax.chain(base, _decay(learning_rate, weight_decay))
     return contrib.schedule_free(base, learning_rate, b1, weight_lr_power)
 
@@ -295,7 +295,7 @@ def make_optimizer(
         _check_argument(field, value, registry.defaults(OPTIMIZERS[name])[field])
     ours = {'weight_decay': weight_decay, 'clip_norm': clip_norm, 'adaptive_clip': adaptive_clip}
     for field, value in ours.items():
-        _require(0 <= value < math.inf, field, value, 'at least 0 and finite')
+        require(0 <= value < math.inf, field, value, 'at least 0 and finite')
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
     adaptive = optax.adaptive_grad_clip(adaptive_clip) if adaptive_clip else optax.identity()
     tx = optax.chain(clip, adaptive, build(schedule, weight_decay))
@@ -312,14 +312,9 @@ def _own(leaf: Any) -> jax.Array:
 def _check_argument(field: str, value: Any, default: Any):
     """A decay rate below 1, every other number at least 0, as many of them as in the default."""
     sizes = [len(v) if isinstance(v, (tuple, list)) else 0 for v in (value, default)]
-    _require(sizes[0] == sizes[1], f'optimizer.{field}', value, f'{sizes[1]} values, as {default}')
+    require(sizes[0] == sizes[1], f'optimizer.{field}', value, f'{sizes[1]} values, as {default}')
     values = value if sizes[0] else (value,)
     if field in _BELOW_ONE and default != 1.0:
-        _require(all(0 <= v < 1 for v in values), f'optimizer.{field}', value, 'in [0, 1)')
+        require(all(0 <= v < 1 for v in values), f'optimizer.{field}', value, 'in [0, 1)')
     elif field != 'ns_coeffs':
-        _require(all(0 <= v < math.inf for v in values), f'optimizer.{field}', value, 'at least 0')
-
-
-def _require(ok: bool, field: str, value: Any, expected: str):
-    if not ok:
-        raise UserError(f'{field} is {value!r}; it must be {expected}.')
+        require(all(0 <= v < math.inf for v in values), f'optimizer.{field}', value, 'at least 0')

@@ -6,14 +6,14 @@ from the end of warm-up. `make_schedule` puts the two together.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxcls import registry
-from jaxcls.errors import UserError
+from jaxcls.errors import require
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 
@@ -35,10 +35,10 @@ def step(
     learning_rate: float, span: Span, *, boundaries: tuple = (), factor: float = 0.1
 ) -> Schedule:
     """Multiplies the rate by `factor` at each boundary, in epochs from the start of training."""
-    _require(0 < factor < math.inf, 'schedule.factor', factor, 'more than 0 and finite')
+    require(0 < factor < math.inf, 'schedule.factor', factor, 'more than 0 and finite')
     steps = [round(epoch * span.steps_per_epoch) - span.begin for epoch in boundaries]
     end = (span.begin + span.steps) / span.steps_per_epoch
-    _require(
+    require(
         bool(steps) and all(a < b for a, b in zip([0, *steps], [*steps, span.steps], strict=True)),
         'schedule.boundaries',
         boundaries,
@@ -57,8 +57,8 @@ def exponential(
     staircase: bool = True,
 ) -> Schedule:
     """Multiplies the rate by `factor` every few epochs: at once, or evenly if not `staircase`."""
-    _require(0 < factor <= 1, 'schedule.factor', factor, 'more than 0 and at most 1')
-    _require(every_epochs > 0, 'schedule.every_epochs', every_epochs, 'more than 0')
+    require(0 < factor <= 1, 'schedule.factor', factor, 'more than 0 and at most 1')
+    require(every_epochs > 0, 'schedule.every_epochs', every_epochs, 'more than 0')
     steps = every_epochs * span.steps_per_epoch
     return optax.exponential_decay(learning_rate, steps, factor, staircase=staircase)
 
@@ -67,7 +67,7 @@ def polynomial(
     learning_rate: float, span: Span, *, power: float = 2.0, final_fraction: float = 0.0
 ) -> Schedule:
     """Falls as `(1 - t)^power` to `final_fraction` of the rate, t from 0 to 1."""
-    _require(0 < power < math.inf, 'schedule.power', power, 'more than 0 and finite')
+    require(0 < power < math.inf, 'schedule.power', power, 'more than 0 and finite')
     _require_fraction('final_fraction', final_fraction)
     return optax.polynomial_schedule(
         learning_rate, learning_rate * final_fraction, power, span.steps
@@ -101,10 +101,8 @@ def one_cycle(
       peak_fraction: the part of training before the peak, in (0, 1).
       start_fraction, final_fraction: of the rate, in [0, 1].
     """
-    _require(
-        span.begin == 0, 'warmup_epochs', span.begin / span.steps_per_epoch, '0 with one_cycle'
-    )
-    _require(0 < peak_fraction < 1, 'schedule.peak_fraction', peak_fraction, 'between 0 and 1')
+    require(span.begin == 0, 'warmup_epochs', span.begin / span.steps_per_epoch, '0 with one_cycle')
+    require(0 < peak_fraction < 1, 'schedule.peak_fraction', peak_fraction, 'between 0 and 1')
     _require_fraction('start_fraction', start_fraction)
     _require_fraction('final_fraction', final_fraction)
     peak = max(1, round(peak_fraction * span.steps))
@@ -120,7 +118,7 @@ def one_cycle(
 
 
 def _require_fraction(field: str, value: float):
-    _require(0 <= value <= 1, f'schedule.{field}', value, 'at least 0 and at most 1')
+    require(0 <= value <= 1, f'schedule.{field}', value, 'at least 0 and at most 1')
 
 
 SCHEDULES = {
@@ -153,10 +151,10 @@ def make_schedule(
       UserError: unknown name or argument, or a value out of its range.
     """
     factory = registry.bind(SCHEDULES, 'schedule', name=name, **kwargs)
-    _require(0 < learning_rate < math.inf, 'learning_rate', learning_rate, 'more than 0 and finite')
-    _require(total_steps >= 1, 'total_steps', total_steps, 'at least 1: train for longer')
+    require(0 < learning_rate < math.inf, 'learning_rate', learning_rate, 'more than 0 and finite')
+    require(total_steps >= 1, 'total_steps', total_steps, 'at least 1: train for longer')
     epochs = total_steps / steps_per_epoch
-    _require(
+    require(
         0 <= warmup_epochs < math.inf and round(warmup_epochs * steps_per_epoch) < total_steps,
         'warmup_epochs',
         warmup_epochs,
@@ -169,8 +167,3 @@ def make_schedule(
         schedule = optax.join_schedules([ramp, schedule], [warmup])
     # Compiled, a fall to 0 may end a rounding error below it.
     return lambda count: jnp.maximum(jnp.asarray(schedule(count), jnp.float32), 0.0)
-
-
-def _require(ok: bool, field: str, value: Any, expected: str):
-    if not ok:
-        raise UserError(f'{field} is {value!r}; it must be {expected}.')
