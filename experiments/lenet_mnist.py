@@ -10,7 +10,7 @@ from jaxcls import config as base
 
 def get_config():
     config = base.get_config()
-    config.epochs = 12.0
+    config.epochs = 10.0
     config.batch_size = 128
     config.data.name = 'tfds:mnist'
     config.data.mean = (0.1307,)
