@@ -196,8 +196,8 @@ def policy_op(
 ) -> Array:
     """Applies `POLICY_OPS[op]`, at a magnitude in [0, 1], in the direction of `sign` (-1 or 1).
 
-    One warp does all that is geometric, and a switch the rest: under `vmap` every branch of a
-    switch is computed for every image.
+    A switch does what is photometric, and one warp the rest: under `vmap` every branch of a switch
+    is computed for every image.
     """
     amount = magnitude * sign
     moves = {name: jnp.where(op == POLICY_OPS.index(name), amount, 0.0) for name in POLICY_OPS[9:]}
@@ -208,7 +208,6 @@ def policy_op(
     )
     down, right = ranges.translate
     shift = jnp.stack([down * moves['translate_y'], right * moves['translate_x']])
-    image = warp(image, matrix, shift, interpolation, fill)
     factor = 1.0 + ranges.enhance * amount
     branches = [
         autocontrast,
@@ -221,4 +220,6 @@ def policy_op(
         lambda x: sharpness(x, factor),
         lambda x: x,
     ]
-    return lax.switch(jnp.minimum(op, len(branches) - 1), branches, image)
+    image = lax.switch(jnp.minimum(op, len(branches) - 1), branches, image)
+    # Last: before the switch, XLA would fuse it into every branch.
+    return warp(image, matrix, shift, interpolation, fill)
