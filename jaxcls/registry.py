@@ -44,7 +44,7 @@ def defaults(factory: Callable) -> dict[str, Any]:
     }
 
 
-def bind(table: Mapping[str, Callable], kind: str, *, name: str, **kwargs) -> functools.partial:
+def bind(table: Mapping[str, Callable], kind: str, /, *, name: str, **kwargs) -> functools.partial:
     """Looks a factory up and binds keyword arguments to it, so that a typo fails at once.
 
     Raises:
