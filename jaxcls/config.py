@@ -9,6 +9,7 @@ import ast
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -110,19 +111,33 @@ def apply_overrides(config: ConfigDict, overrides: Iterable[tuple[str, str]], ta
     """Sets fields from the command line, in place: `('model.width', '32')`.
 
     A section's new `name` starts the section afresh with that factory's own defaults, whatever the
-    order of the overrides.
+    order of the overrides. The list of augmentations is set whole, `('augment', "[{'name': 'flip'}]")`,
+    or item by item, `('augment[0].padding', '2')`.
 
     Raises:
       UserError: unknown field, or a value of the wrong type.
     """
+    _check_fields(config, get_config(), 'config')
     overrides = list(overrides)
     for path, text in overrides:
-        section, _, field = path.partition('.')
-        if section in SECTIONS and field == 'name' and config[section].name != text:
-            config[section] = ConfigDict({'name': text})
+        if path == 'augment':
+            config.augment = _list(_literal(text))
+    for path, text in overrides:
+        _rename(config, path, text)
     complete(config, tables)
     for path, text in overrides:
-        _set(config, path, text)
+        if path != 'augment':
+            _set(config, path, text)
+
+
+def _rename(config: ConfigDict, path: str, name: str):
+    """Where the path is the name of a section or an augmentation: starts that afresh."""
+    parent, _, field = path.rpartition('.')
+    item = re.fullmatch(r'augment\[(\d+)\]', parent)
+    if field == 'name' and parent in SECTIONS and config[parent].get('name') != name:
+        config[parent] = ConfigDict({'name': name})
+    elif field == 'name' and item and int(item[1]) < len(config.augment):
+        config.augment[int(item[1])] = {'name': name}
 
 
 def complete(config: ConfigDict, tables: Tables):
@@ -133,13 +148,22 @@ def complete(config: ConfigDict, tables: Tables):
     """
     for section in SECTIONS:
         config[section] = ConfigDict(_completed(section, config[section], tables[section]))
-    config.augment = [_completed('augment', spec, tables['augment']) for spec in config.augment]
+    augment = _list(config.augment)
+    config.augment = [_completed('augment', spec, tables['augment']) for spec in augment]
+
+
+def _list(value: Any) -> list:
+    if not isinstance(value, list):
+        raise UserError(f'config.augment is {value!r}; it must be a list of dicts.')
+    return value
 
 
 def _completed(kind: str, spec: Mapping[str, Any], table: Mapping[str, Callable]) -> dict:
+    if not isinstance(spec, (Mapping, ConfigDict)) or 'name' not in spec:
+        raise UserError(
+            f"config.{kind} is {spec!r}; it must be a dict with a 'name', one of: {', '.join(table)}."
+        )
     spec = dict(spec)
-    if 'name' not in spec:
-        raise UserError(f'config.{kind} has no name: {spec}. Give it one of: {", ".join(table)}.')
     registry.bind(table, kind, **spec)
     known = registry.defaults(table[spec['name']])
     for field, value in spec.items():
@@ -182,16 +206,21 @@ def _parse(text: str, old: Any) -> Any:
         return text
     if isinstance(old, bool):
         return {'true': True, 'false': False}.get(text.lower(), text)
+    return _literal(text)
+
+
+def _literal(text: str) -> Any:
+    """The number, tuple, list or dict that a text writes, else the text."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
 def _typed(path: str, value: Any, old: Any) -> Any:
     """The value as the old one's type. A number may widen to float, nothing else changes its type."""
     wanted = type(old)
-    if wanted is float and type(value) is int:
+    if wanted is float and type(value) is int and abs(value) < 2**63:
         return float(value)
     if wanted is tuple and isinstance(value, (list, tuple)):
         if not old and all(type(item) in (int, float) for item in value):
@@ -284,6 +313,8 @@ def _check_fields(config: Mapping, reference: Mapping, where: str):
         if field in SECTIONS or field == 'augment':
             continue
         if isinstance(default, ConfigDict):
+            if not isinstance(config[field], ConfigDict):
+                raise UserError(f'{path} is {config[field]!r}; it must be a group of fields.')
             _check_fields(config[field], default, path)
         else:
             _typed(path.removeprefix('config.'), config[field], default)
@@ -301,8 +332,10 @@ def _check_together(config: ConfigDict):
             f'config.warmup_epochs {config.warmup_epochs} must be less than config.epochs '
             f'{config.epochs}.'
         )
-    if min(data.std) <= 0 or not all(map(math.isfinite, data.mean + data.std)):
-        raise UserError(f'config.data.std is {data.std}; each must be more than 0, and finite.')
+    if not data.std or min(data.std) <= 0 or not all(map(math.isfinite, data.mean + data.std)):
+        raise UserError(
+            f'config.data.std is {data.std}; give one value, or one a channel, each more than 0.'
+        )
     if len(data.mean) != len(data.std):
         raise UserError(
             f'config.data.mean has {len(data.mean)} channels and config.data.std {len(data.std)}; '
@@ -331,8 +364,11 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """The config out of `to_json`: lists of plain values are tuples again."""
-    return ConfigDict(_tuples(json.loads(text)))
+    """The config out of `to_json`: lists of plain values are tuples again. ValueError if it is none."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f'a config is a dict of fields, not {type(value).__name__}')
+    return ConfigDict(_tuples(value))
 
 
 def _tuples(value: Any) -> Any:
@@ -365,5 +401,14 @@ def _flat(value: Any, path: str = '') -> dict[str, Any]:
 
 
 def epoch_steps(epochs: float, examples: int, batch_size: int) -> int:
-    """The number of steps after which `epochs` epochs are seen, at least one."""
+    """The number of steps after which `epochs` epochs are seen, at least one.
+
+    Raises:
+      UserError: more than an int32 counts.
+    """
+    if epochs * examples / batch_size >= 2**31:
+        raise UserError(
+            f'{epochs:g} epochs of {examples:,} examples in batches of {batch_size} are more than '
+            '2**31 steps; set a smaller config.epochs.'
+        )
     return max(1, math.ceil(epochs * examples / batch_size - 1e-9))

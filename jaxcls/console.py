@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -17,6 +18,7 @@ class Reporter:
     def __init__(self, console: Console):
         self.console = console
         self.train: dict[str, Any] = {}
+        self.window: list[dict[str, Any]] = []
         self.progress = Progress(
             TextColumn('{task.description}'), BarColumn(), console=console, transient=True
         )
@@ -61,7 +63,10 @@ class Reporter:
         left = (self.total - step) / max(speed, 1e-6)
         parts = [f'step {step:,}/{self.total:,}', f'epoch {step * self.epochs_a_step:.2f}']
         if self.train:
-            parts += [f'loss {self.train["loss"]:.4f}', f'accuracy {self.train["top1"]:.2%}']
+            parts += [
+                f'loss {show(self.train["loss"])}',
+                f'accuracy {show(self.train["top1"], "%")}',
+            ]
         parts += [f'{speed * self.batch_size:,.0f} images/s', f'{_duration(left)} left']
         self.progress.update(
             self.task, description='  '.join(parts), completed=step, total=self.total
@@ -69,12 +74,15 @@ class Reporter:
 
     def on_train(self, event):
         self.train = event
+        self.window.append(event)
         if not self.console.is_terminal and event['step'] not in self.validate:
             self.print(f'{self.line(event)}  {self.speed(event)}')
 
     def on_validation(self, event):
         """An epoch's line: validation, then the last training numbers."""
-        train = f'training {self.train["loss"]:.4f} {self.train["top1"]:.2%}'
+        train = average(self.window)
+        self.window = []
+        train = f'training {show(train["loss"])} {show(train["top1"], "%")}'
         self.print(f'{self.line(event)} validation  {train}  {self.speed(self.train)}')
 
     def on_checkpoint(self, event):
@@ -83,7 +91,7 @@ class Reporter:
     def line(self, event) -> str:
         """Where a record was taken, its loss and its accuracy."""
         place = f'step {event["step"]:>{len(str(self.total))}}/{self.total}  epoch {event["epoch"]:7.2f}'
-        return f'{place}  loss {event["loss"]:.4f}  accuracy {event["top1"]:.2%}'
+        return f'{place}  loss {show(event["loss"])}  accuracy {show(event["top1"], "%")}'
 
     def speed(self, event) -> str:
         """Images a second, the time left, and what was skipped."""
@@ -108,26 +116,43 @@ def describe_devices(mesh) -> str:
     return f'{mesh.size} {", ".join(kinds)}'
 
 
+def show(value: float | None, unit: str = '') -> str:
+    """A metric in four digits, or as a percentage; 'none' where it was not finite."""
+    if value is None:
+        return 'none'
+    return f'{value:.2%}' if unit == '%' else f'{value:.4f}'
+
+
+def average(records: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Loss and accuracy of training records, over all their examples."""
+    records = [record for record in records if record['loss'] is not None]
+    total = sum(record['examples'] for record in records)
+    return {
+        key: sum(r[key] * r['examples'] for r in records) / total if total else None
+        for key in ('loss', 'top1')
+    }
+
+
 def result_table(result: train_lib.Result, summary: dict[str, Any]) -> Table:
     """The end of a run: accuracy with its interval, the gap, where the files are."""
-    table = Table(show_header=False, title=f'Result of {result.workdir}', title_justify='left')
+    title = escape(f'Result of {result.workdir}')
+    table = Table(show_header=False, title=title, title_justify='left')
     low, high = summary['top1_interval']
-    train = [record for record in result.records if record['kind'] == 'train']
     rows = {
         'validation accuracy': f'{summary["top1"]:.2%}  (95% interval {low:.2%} to {high:.2%})',
         'best epoch': f'{summary["best_top1"]:.2%}',
         'top-5 accuracy': f'{summary["top5"]:.2%}',
         'macro F1, mean IoU': f'{summary["f1_macro"]:.4f}, {summary["iou_mean"]:.4f}',
-        'validation loss': f'{summary["loss"]:.4f}',
+        'validation loss': show(summary['loss']),
     }
-    if train:
-        rows['training loss'] = f'{train[-1]["loss"]:.4f}'
-        rows['gap in accuracy'] = (
-            f'{train[-1]["top1"] - summary["top1"]:+.2%} training over validation'
-        )
-        skipped = sum(record['bad_steps'] for record in train)
-        if skipped:
-            rows['skipped steps'] = f'{skipped} were not finite'
+    train = [record for record in result.records if record['kind'] == 'train']
+    last = average([r for r in train if r['epoch'] > summary['epoch'] - 1])
+    if last['top1'] is not None:
+        rows['training, last epoch'] = f'loss {last["loss"]:.4f}, accuracy {last["top1"]:.2%}'
+        rows['gap in accuracy'] = f'{last["top1"] - summary["top1"]:+.2%} training over validation'
+    skipped = sum(record['bad_steps'] for record in train)
+    if skipped:
+        rows['skipped steps'] = f'{skipped} were not finite'
     rows['epochs, time'] = f'{summary["epoch"]:.1f}, {_duration(summary["seconds"])}'
     rows['pictures'] = 'curves.png, confusion.png'
     for name, value in rows.items():

@@ -8,24 +8,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcls import datasets, metrics, pipeline, sharding
 from jaxcls import experiment as experiment_lib
-from jaxcls import metrics, pipeline, sharding
+from jaxcls.errors import UserError
 
 Evaluator = Callable[[Any], metrics.Sums]
 
 
-def make_evaluator(experiment: experiment_lib.Experiment, split: str, mesh) -> Evaluator:
-    """Loads a split once and returns `evaluator(variables) -> sums`, compiled at its first call.
+def make_evaluator(experiment: experiment_lib.Experiment, split: datasets.Split, mesh) -> Evaluator:
+    """Returns `evaluator(variables) -> sums` over a split, compiled at its first call.
 
     The sums are those of `metrics.batch_sums` and a `confusion` matrix int32 [K, K].
     """
     config = experiment.config
-    loaded = experiment_lib.load_split(config, split)
-    examples, batch_size = len(loaded.source), config.batch_size
-    sharding.check_batch_size(batch_size, mesh)
+    examples = len(split.source)
+    batch_size = -(-config.batch_size // mesh.size) * mesh.size
     count = -(-examples // batch_size)
     order = functools.partial(pipeline.evaluation_order, examples, batch_size)
-    reader = experiment_lib.make_reader(config, loaded, train=False)
+    reader = experiment_lib.make_reader(config, split, train=False)
     feed = experiment_lib.make_feed(config, reader, order, mesh, count, train=False)
     place = sharding.replicated(mesh)
 
@@ -67,7 +67,13 @@ def evaluate(workdir: str | Path, split: str = '', checkpoint: str = 'latest') -
     """
     run = experiment_lib.open_run(workdir, checkpoint)
     split = split or run.experiment.config.data.validation
-    sums = jax.device_get(make_evaluator(run.experiment, split, run.mesh)(run.variables))
+    loaded = experiment_lib.load_split(run.experiment.config, split)
+    if loaded.class_names != run.class_names:
+        raise UserError(
+            f'The classes of {split} are {_listed(loaded.class_names)}; the run was trained on '
+            f'{_listed(run.class_names)}. Restore the data set, or evaluate a run of this one.'
+        )
+    sums = jax.device_get(make_evaluator(run.experiment, loaded, run.mesh)(run.variables))
     return {
         'split': split,
         'step': run.step,
@@ -76,3 +82,7 @@ def evaluate(workdir: str | Path, split: str = '', checkpoint: str = 'latest') -
         'confusion': sums['confusion'].tolist(),
         'class_names': list(run.class_names),
     }
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return f'{len(names)} ({", ".join(names[:5])}{", ..." if len(names) > 5 else ""})'

@@ -241,7 +241,7 @@ def open_run(directory: str | Path, checkpoint: str = 'latest') -> Run:
     """
     directory = Path(directory)
     config = resolve(workdir_lib.read_config(directory))
-    data = workdir_lib.read_json(directory / 'data.json')
+    data = workdir_lib.read_data(directory)
     mesh = sharding.make_mesh()
     experiment = build(
         config, data['image_shape'], len(data['class_names']), data['examples'][config.data.train]

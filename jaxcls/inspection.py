@@ -139,7 +139,7 @@ def describe_data(config: ConfigDict, sheet: Path, samples: int) -> dict[str, An
 
     Args:
       sheet: the file to write.
-      samples: how many images are on it, the first of epoch 0 and as many of epoch 1.
+      samples: how many images are on it: the first batch of so many.
     """
     config = experiment_lib.resolve(config)
     split = experiment_lib.load_split(config, config.data.train)

@@ -5,6 +5,7 @@ Exit status: 0 done, 2 a mistake to mend, 130 stopped by Ctrl-C, 143 by SIGTERM 
 
 import argparse
 import json
+import math
 import os
 import shlex
 import signal
@@ -164,10 +165,20 @@ def _load_config(args):
 
 
 def _print_json(value):
-    print(json.dumps(value, allow_nan=False))
+    print(json.dumps(_json_numbers(value), allow_nan=False))
+
+
+def _json_numbers(value):
+    """null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _json_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_json_numbers(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _run_train(args) -> int:
+    import jax
     from rich.console import Console
 
     from jaxcls import console, train, workdir
@@ -183,6 +194,8 @@ def _run_train(args) -> int:
         result = train.fit(config, directory, reporter)
     finally:
         reporter.close()
+    if jax.process_index():
+        return 0
     if result.stopped in ('SIGINT', 'SIGTERM'):
         reporter.print(f'Stopped by {result.stopped}; all steps are saved. To go on, run:')
         program = 'jaxcls' if Path(sys.argv[0]).stem == 'jaxcls' else 'python -m jaxcls.main'

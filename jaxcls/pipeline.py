@@ -56,11 +56,18 @@ class Feed(NamedTuple):
       fetch: pure, under jit: `fetch(data, item)` makes one item a raw batch with `image` uint8
         [B, H, W, C], `label` int32 [B], `mask` bool [B] (False: padding), `index` int32 [B] (place in
         the split) and `epoch` int32 [B].
+      close: ends the worker processes.
     """
 
     data: Any
     items: Callable[[int, int], Any]
     fetch: Callable[[Any, Any], dict[str, jax.Array]]
+    close: Callable[[], None] = lambda: None
+
+    @property
+    def resident(self) -> bool:
+        """Whether the split lies on the device."""
+        return bool(jax.tree.leaves(self.data))
 
 
 @functools.lru_cache(maxsize=4)
@@ -106,8 +113,12 @@ class Reader(NamedTuple):
 
     def __call__(self, index: int, position: int = 0) -> tuple[np.ndarray, int]:
         """Returns the image, uint8 [H, W, C], and its label; `position` keys the random crop."""
-        encoded, label = self.split.source[index]
-        image = datasets.decode(encoded, self.split.shape[2])
+        try:
+            encoded, label = self.split.source[index]
+            image = datasets.decode(encoded, self.split.shape[2])
+        except (UserError, OSError) as error:
+            where = getattr(self.split.source, 'paths', {index: f'example {index}'})[index]
+            raise UserError(f'{where}: {error}') from None
         if self.size and self.crop == 'random_resized':
             rng = np.random.Generator(np.random.Philox(key=[self.seed, position]))
             image = resize(image, self.shape[:2], random_box(rng, *image.shape[:2]))
@@ -198,18 +209,23 @@ def _decode_to(directory: Path, reader: Reader):
 
     Another process that wants the same waits. What a kill leaves behind, the next call removes.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
     part = directory.with_name(f'.{directory.name}.part')
-    with FileLock(directory.with_name(f'.{directory.name}.lock')):
-        if directory.exists():
-            return
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        try:
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(directory.with_name(f'.{directory.name}.lock')):
+            if directory.exists():
+                return
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
             _decode_into(part, reader)
             part.rename(directory)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f'The decoded images cannot be kept in {directory.parent}: {error.strerror}. '
+            'Set $JAXCLS_CACHE to a directory with room, or config.data.pipeline=stream.'
+        ) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _decode_into(directory: Path, reader: Reader):
@@ -285,7 +301,7 @@ def _end_with_parent():
 def resident(reader: Reader, order: Order, mesh: Mesh) -> Feed:
     """A feed over a split in device memory: the host sends indices, the program gathers."""
     images, labels = load_arrays(reader)
-    data = jax.device_put((images, labels), sharding.replicated(mesh))
+    data = sharding.put_local((images, labels), sharding.replicated(mesh))
     return Feed(data, functools.partial(_index_items, order, mesh), _gather)
 
 
@@ -308,15 +324,21 @@ def stream(reader: Reader, order: Order, mesh: Mesh, steps: int, workers: int = 
     place = sharding.split_batch(mesh, axis=1)
     state = {'next': -1, 'batches': None}
 
+    def close():
+        if state['batches']:
+            state['batches'].close()
+        state.update(next=-1, batches=None)
+
     def items(step: int, count: int):
         if step != state['next']:
-            if state['batches']:
-                state['batches'].close()
+            close()
             positions = grain.MapDataset.range(step * local, steps * local)
             dataset = positions.map(_Ordered(reader, order, rows)).batch(local)
             state['batches'] = _iterate(dataset, workers)
         batches = [next(state['batches']) for _ in range(count)]
         state['next'] = step + count
+        if state['next'] == steps:
+            close()
         return sharding.put_local(jax.tree.map(lambda *rows: np.stack(rows), *batches), place)
 
-    return Feed((), items, lambda _, item: item)
+    return Feed((), items, lambda _, item: item, close)

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from jaxcls import metrics
 from jaxcls import workdir as workdir_lib
+from jaxcls.errors import UserError
 
 _TRAIN, _VALIDATION = '#888888', '#0b62a4'
 
@@ -22,6 +23,8 @@ def write(workdir: Path, confusion: np.ndarray, records: list[dict[str, Any]]):
     """
     class_names = workdir_lib.read_json(workdir / 'data.json')['class_names']
     validations = [record for record in records if record['kind'] == 'validation']
+    if not validations:
+        raise UserError(f'{workdir}/metrics.jsonl has lost its records. Restore it from a copy.')
     examples = int(confusion.sum())
     result = {
         **validations[-1],

@@ -27,9 +27,16 @@ def predict(
       UserError: no run or checkpoint, or a file that is no image.
     """
     run = experiment_lib.open_run(workdir, checkpoint)
-    batch = np.stack([_load(run.experiment, Path(path)) for path in images])
-    logits = jax.jit(run.experiment.predict)(run.variables, batch)
-    probabilities = np.asarray(jax.nn.softmax(logits), np.float64)
+    apply = jax.jit(run.experiment.predict)
+    size = min(run.experiment.config.batch_size, len(images))
+    probabilities = []
+    for start in range(0, len(images), size):
+        batch = np.zeros((size, *run.experiment.image_shape), np.uint8)
+        for row, path in enumerate(images[start : start + size]):
+            batch[row] = _load(run.experiment, Path(path))
+        logits = apply(run.variables, batch)
+        probabilities.extend(np.asarray(jax.nn.softmax(logits), np.float64))
+    probabilities = probabilities[: len(images)]
     return [
         {
             'image': str(path),

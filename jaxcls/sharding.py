@@ -1,9 +1,11 @@
 """Where arrays live: processes, the mesh of devices, batches split and parameters copied or split."""
 
 import os
+from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxcls.errors import UserError
@@ -16,19 +18,28 @@ def start_processes():
     """Joins the processes of a run on many hosts, found in the environment; one process: does nothing.
 
     Read are JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, or what SLURM, Open MPI
-    and TPU pods set, which `jax.distributed` understands by itself.
+    and TPU pods on GKE set, which `jax.distributed` understands by itself; elsewhere (TPU VMs)
+    JAXCLS_DISTRIBUTED=1 lets it look.
     """
     env = os.environ
     if 'JAX_COORDINATOR_ADDRESS' in env and 'JAX_NUM_PROCESSES' in env:
         jax.distributed.initialize(
             env['JAX_COORDINATOR_ADDRESS'],
-            num_processes=int(env['JAX_NUM_PROCESSES']),
-            process_id=int(env['JAX_PROCESS_ID']),
+            num_processes=_number(env, 'JAX_NUM_PROCESSES'),
+            process_id=_number(env, 'JAX_PROCESS_ID'),
         )
         return
-    tasks = max(int(env.get(name, 1)) for name in ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE'))
-    if tasks > 1 or ',' in env.get('TPU_WORKER_HOSTNAMES', ''):
+    several = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
+    tasks = max(_number(env, name) if name in env else 1 for name in several)
+    pod = ',' in env.get('TPU_WORKER_HOSTNAMES', '') or env.get('JAXCLS_DISTRIBUTED') == '1'
+    if tasks > 1 or pod:
         jax.distributed.initialize()
+
+
+def _number(env, name: str) -> int:
+    if not env.get(name, '').isdigit():
+        raise UserError(f'${name} is {env.get(name)!r}; set it to a whole number.')
+    return int(env[name])
 
 
 def make_mesh(devices=None) -> Mesh:
@@ -83,3 +94,19 @@ def local_rows(batch_size: int) -> slice:
     """The rows of a global batch that this process reads."""
     size = batch_size // jax.process_count()
     return slice(jax.process_index() * size, (jax.process_index() + 1) * size)
+
+
+def on_first_process(action: Callable[[], None]):
+    """Runs an action on the first process alone; where it raises a UserError, all processes do."""
+    error = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except UserError as raised:
+            error = raised
+    if jax.process_count() > 1:
+        failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
+        if failed and not error:
+            error = UserError('The first process ended the run; its message says why.')
+    if error:
+        raise error

@@ -26,8 +26,8 @@ class TrainState(struct.PyTreeNode):
       step: int32 [], steps taken.
       params: the model's parameters.
       batch_stats: running statistics of its norms, or {}.
-      opt_state: Optax's state.
-      ema: moving average of `params`, or {} where there is none.
+      opt_state: Optax's state, float32 where `params` are bfloat16.
+      ema: moving average of `params`, float32 too, or {} where there is none.
       bad_steps: int32 [], non-finite steps in a row up to now.
       key: typed PRNG key of the run; a step uses `fold_in(key, step)`.
     """
@@ -56,11 +56,17 @@ def init_state(
         step=jnp.int32(0),
         params=params,
         batch_stats=variables.get('batch_stats', {}),
-        opt_state=tx.init(params),
-        ema=jax.tree.map(jnp.copy, params) if ema_decay else {},
+        opt_state=tx.init(_wide(params)),
+        ema=jax.tree.map(jnp.copy, _wide(params)) if ema_decay else {},
         bad_steps=jnp.int32(0),
         key=run_key,
     )
+
+
+def _wide(tree):
+    """bfloat16 leaves as float32: averages and small updates need the digits."""
+    narrow = jnp.bfloat16
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == narrow else x, tree)
 
 
 def make_prepare(
@@ -130,7 +136,7 @@ def accumulated_gradients(accumulate_steps: int, gradients: Callable = plain_gra
             batch_stats = out[0][1]['batch_stats']
             count = part['mask'].sum().astype(jnp.float32)
             (loss, aux), grads = out
-            weighted = jax.tree.map(lambda x: x * count.astype(x.dtype), (loss, grads))
+            weighted = jax.tree.map(lambda x: x * count, _wide((loss, grads)))
             total = jax.tree.map(jnp.add, total, (weighted, aux['sums'], count))
             return (batch_stats, total), None
 
@@ -141,13 +147,13 @@ def accumulated_gradients(accumulate_steps: int, gradients: Callable = plain_gra
             lambda part, key: gradients(objective, params, batch_stats, part, key), *first
         )
         zero = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype),
+            lambda x: jnp.zeros(x.shape, jnp.float32 if x.dtype == jnp.bfloat16 else x.dtype),
             ((loss, grads), aux['sums'], jax.ShapeDtypeStruct((), jnp.float32)),
         )
         (batch_stats, total), _ = jax.lax.scan(body, (batch_stats, zero), (parts, keys))
         weighted, sums, count = total
         count = jnp.maximum(count, 1)
-        loss, grads = jax.tree.map(lambda x: x / count.astype(x.dtype), weighted)
+        loss, grads = jax.tree.map(lambda x: x / count, weighted)
         return (loss, {'batch_stats': batch_stats, 'sums': sums}), grads
 
     return accumulated
@@ -187,10 +193,11 @@ def make_train_step(
         prepare_key, model_key = jax.random.split(jax.random.fold_in(state.key, state.step))
         batch = prepare(prepare_key, batch, state)
         (loss, aux), grads = gradients(objective, state.params, state.batch_stats, batch, model_key)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
+        grads = _wide(grads)
+        updates, opt_state = tx.update(grads, state.opt_state, _wide(state.params), value=loss)
         params = optax.apply_updates(state.params, updates)
         ema = optimizers.ema_update(state.ema, params, ema_decay, state.step) if ema_decay else {}
-        good = _all_finite((loss, updates, aux['batch_stats']))
+        good = _all_finite((loss, grads, updates, opt_state, aux['batch_stats']))
         old = (state.params, state.batch_stats, state.opt_state, state.ema)
         new = (params, aux['batch_stats'], opt_state, ema)
         params, batch_stats, opt_state, ema = jax.tree.map(

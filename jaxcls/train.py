@@ -9,6 +9,7 @@ import bisect
 import collections
 import contextlib
 import functools
+import math
 import signal
 import threading
 import time
@@ -28,7 +29,7 @@ from jaxcls import report as report_lib
 from jaxcls import workdir as workdir_lib
 from jaxcls.errors import UserError
 
-# On an accelerator so many steps are one program; on CPU one is, see `steps.make_run_steps`.
+# So many steps over resident data are one program on an accelerator.
 _STEPS_PER_CALL = 50
 # Calls that may be under way on the device: enough to keep it busy, few enough to stop soon.
 _CALLS_AHEAD = 2
@@ -85,6 +86,7 @@ def fit(config: ConfigDict, workdir: str | Path, on_event: OnEvent = lambda even
     """
     workdir = Path(workdir)
     config = experiment_lib.resolve(config)
+    workdir_lib.check(workdir, config)
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
     train, validation = (
@@ -97,23 +99,28 @@ def fit(config: ConfigDict, workdir: str | Path, on_event: OnEvent = lambda even
         config, reader.shape, len(train.class_names), len(train.source)
     )
     like = experiment_lib.abstract_checkpoint(experiment, mesh)  # traces the whole step
-    with workdir_lib.locked(workdir), contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            workdir_lib.start(workdir, config)
-            _write_data(workdir, config, reader, validation)
+    with contextlib.ExitStack() as stack:
+
+        def claim():
+            stack.enter_context(workdir_lib.locked(workdir))
+            workdir_lib.start(workdir, config, _describe_data(config, reader, validation))
+
+        sharding.on_first_process(claim)
         checkpoints = workdir_lib.Checkpoints(workdir, config.keep_checkpoints)
         stack.callback(checkpoints.close)
         restored = checkpoints.restore(like)
         history = _rewind(workdir, restored.step if restored else 0)
+        feed = _training_feed(experiment, reader, mesh)
+        stack.callback(feed.close)
         run = _Run(
             experiment=experiment,
             mesh=mesh,
             workdir=workdir,
             checkpoints=checkpoints,
-            evaluator=evaluation.make_evaluator(experiment, config.data.validation, mesh),
-            feed=_training_feed(experiment, reader, mesh),
+            evaluator=evaluation.make_evaluator(experiment, validation, mesh),
+            feed=feed,
             like=like,
-            events=_Events.of(experiment),
+            events=_Events.of(experiment, feed),
             clock=_Clock(history[-1]['seconds'] if history else 0.0),
             writer=_tensorboard(workdir, restored, stack),
             on_event=on_event,
@@ -121,14 +128,13 @@ def fit(config: ConfigDict, workdir: str | Path, on_event: OnEvent = lambda even
         return _finish(run, *_train(run, restored, history))
 
 
-def _write_data(workdir: Path, config, reader: pipeline.Reader, validation):
+def _describe_data(config, reader: pipeline.Reader, validation) -> dict[str, Any]:
     sizes = {
         config.data.train: len(reader.split.source),
         config.data.validation: len(validation.source),
     }
     names, shape = reader.split.class_names, reader.shape
-    data = {'class_names': names, 'image_shape': shape, 'examples': sizes}
-    workdir_lib.write_json(workdir / 'data.json', data)
+    return {'class_names': names, 'image_shape': shape, 'examples': sizes}
 
 
 def _training_feed(experiment, reader: pipeline.Reader, mesh) -> pipeline.Feed:
@@ -174,22 +180,21 @@ class _Events(NamedTuple):
     steps_per_call: int
 
     @classmethod
-    def of(cls, experiment: experiment_lib.Experiment) -> '_Events':
+    def of(cls, experiment: experiment_lib.Experiment, feed: pipeline.Feed) -> '_Events':
         config, total = experiment.config, experiment.total_steps
 
         def every(epochs):
-            count = int(total / experiment.steps(epochs)) + 1
-            due = {experiment.steps(i * epochs) for i in range(1, count + 1)}
+            epochs = max(epochs, config.batch_size / experiment.examples)
+            due = {experiment.steps(i * epochs) for i in range(1, int(config.epochs / epochs) + 2)}
             return frozenset(step for step in due if step < total) | {total}
 
-        validate, checkpoint = (
-            every(config.validate_every_epochs),
-            every(config.checkpoint_every_epochs),
-        )
+        validate = every(config.validate_every_epochs)
+        checkpoint = every(config.checkpoint_every_epochs)
         log = validate | set(range(config.log_every_steps, total, config.log_every_steps))
-        auto = 1 if jax.default_backend() == 'cpu' else _STEPS_PER_CALL
-        stops = sorted(log | checkpoint)
-        return cls(log, validate, checkpoint, stops, config.steps_per_call or auto)
+        # On CPU convolutions are slow inside a loop; streamed batches of many steps would fill memory.
+        several = jax.default_backend() != 'cpu' and feed.resident
+        per_call = config.steps_per_call or (_STEPS_PER_CALL if several else 1)
+        return cls(log, validate, checkpoint, sorted(log | checkpoint), per_call)
 
     def next_call(self, step: int) -> int:
         """How many steps to run as one program: all of a call, or one where an event is nearer."""
@@ -250,8 +255,12 @@ class _Signals:
         return (self.name or 'SIGTERM') if anyone else ''
 
 
-def _train(run: _Run, restored, history) -> tuple[steps.TrainState, list[dict[str, Any]], str]:
-    """From the restored or the first step to the last, an early stop or a signal."""
+def _train(run: _Run, restored, history):
+    """From the restored or the first step to the last, an early stop or a signal.
+
+    Returns:
+      The state, the records, 'done', 'early' or the signal, and the last confusion matrix, if any.
+    """
     experiment, events = run.experiment, run.events
     zeros = _make_zeros(run.like[1])
     state, totals = (
@@ -262,7 +271,7 @@ def _train(run: _Run, restored, history) -> tuple[steps.TrainState, list[dict[st
     step = restored.step if restored else 0
     run.on_event({'kind': 'start', 'step': step, 'run': run, 'state': state})
     advance = _make_advance(run)
-    early = _gives_up(experiment, history)
+    early, confusion = _gives_up(experiment, history), None
     run.clock.lap()
     with _Signals() as signals:
         while step < experiment.total_steps and not early:
@@ -271,17 +280,19 @@ def _train(run: _Run, restored, history) -> tuple[steps.TrainState, list[dict[st
             step += count
             run.on_event({'kind': 'progress', 'step': step})
             if step in events.log:
-                history.append(_log(run, step, state, totals))
+                history.append(_log(run, step, state, totals, history))
                 totals = zeros()
+            best = False
             if step in events.validate:
-                history.append(_validate(run, step, state))
-                early = _gives_up(experiment, history)
+                record, confusion = _validate(run, step, state)
+                history.append(record)
+                early, best = _gives_up(experiment, history), _is_best(history)
             name = signals.received(step in events.log)
-            if step in events.checkpoint or early or name:
+            if step in events.checkpoint or best or early or name:
                 _save(run, step, (state, totals), history)
             if name:
-                return state, history, name
-    return state, history, 'early' if early else 'done'
+                return state, history, name, confusion
+    return state, history, 'early' if early else 'done', confusion
 
 
 def _make_zeros(like) -> Callable:
@@ -317,48 +328,72 @@ def _make_advance(run: _Run) -> Callable:
     return advance
 
 
+def _validations(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [record for record in history if record['kind'] == 'validation']
+
+
 def _gives_up(experiment: experiment_lib.Experiment, history: list[dict[str, Any]]) -> bool:
     """Whether the validation loss has had no new minimum for `early_stopping_epochs`."""
-    patience = experiment.config.early_stopping_epochs
-    validations = [record for record in history if record['kind'] == 'validation']
+    patience, validations = experiment.config.early_stopping_epochs, _validations(history)
     if not (patience and validations):
         return False
-    best = min(validations, key=lambda record: record['loss'])
+    best = min(validations, key=lambda r: math.inf if r['loss'] is None else r['loss'])
     return validations[-1]['step'] - best['step'] >= experiment.steps(patience)
 
 
-def _log(run: _Run, step: int, state: steps.TrainState, totals) -> dict[str, Any]:
+def _is_best(history: list[dict[str, Any]]) -> bool:
+    """Whether the last validation has the highest accuracy so far."""
+    *earlier, last = _validations(history)
+    return all(record['top1'] < last['top1'] for record in earlier)
+
+
+def _log(run: _Run, step: int, state: steps.TrainState, totals, history) -> dict[str, Any]:
     """Writes the training metrics since the last log line."""
     totals, bad_in_a_row = jax.device_get((totals, state.bad_steps))
+    bad_steps = int(totals['bad_steps'])
+    # A skipped step does not move the optimiser's schedule on.
+    skipped = bad_steps + sum(record.get('bad_steps', 0) for record in history)
     record = {
         'kind': 'train',
         **_place(run, step),
-        **metrics.summarize(totals),
-        'learning_rate': float(run.experiment.learning_rate(step - 1)),
-        'bad_steps': int(totals['bad_steps']),
+        **_finite(metrics.summarize(totals)),
+        'learning_rate': float(run.experiment.learning_rate(max(step - 1 - skipped, 0))),
+        'bad_steps': bad_steps,
         'images_per_second': round(int(totals['examples']) / run.clock.lap(), 1),
     }
     _write(run, record)
-    limit = run.experiment.config.max_bad_steps
-    if bad_in_a_row >= limit:
-        run.checkpoints.wait()
-        raise UserError(
-            f'Stopped at step {step}: the loss or its gradient has not been finite in the last '
-            f'{bad_in_a_row} steps, since step {step - bad_in_a_row + 1} '
-            f'(config.max_bad_steps={limit}). The last good checkpoint is of step '
-            f'{run.checkpoints.manager.latest_step()} in {run.workdir}. Try a lower '
-            'config.learning_rate, config.clip_norm=1.0 or a longer config.warmup_epochs.'
-        )
+    if bad_in_a_row >= run.experiment.config.max_bad_steps:
+        raise UserError(_diverged(run, step, int(bad_in_a_row)))
     return record
 
 
-def _validate(run: _Run, step: int, state: steps.TrainState) -> dict[str, Any]:
+def _diverged(run: _Run, step: int, bad_in_a_row: int) -> str:
+    run.checkpoints.wait()
+    saved = run.checkpoints.manager.latest_step()
+    kept = (
+        'There is no checkpoint yet' if saved is None else f'Step {saved} is saved in {run.workdir}'
+    )
+    return (
+        f'Stopped at step {step}: the loss or its gradient has not been finite in the last '
+        f'{bad_in_a_row} steps, since step {step - bad_in_a_row + 1} '
+        f'(config.max_bad_steps={run.experiment.config.max_bad_steps}). {kept}. Try, in another '
+        '--workdir, a lower config.learning_rate, config.clip_norm=1.0 or a longer '
+        'config.warmup_epochs.'
+    )
+
+
+def _finite(summary: dict[str, float]) -> dict[str, float | None]:
+    """None, which JSON has, for NaN and infinity, which it has not."""
+    return {key: value if math.isfinite(value) else None for key, value in summary.items()}
+
+
+def _validate(run: _Run, step: int, state: steps.TrainState) -> tuple[dict[str, Any], Any]:
+    """Writes the validation metrics; the confusion matrix comes along."""
     with run.clock.pause():
         sums = jax.device_get(run.evaluator(steps.evaluation_variables(state)))
-        summary = metrics.summarize(sums)
-    record = {'kind': 'validation', **_place(run, step), **summary}
+    record = {'kind': 'validation', **_place(run, step), **_finite(metrics.summarize(sums))}
     _write(run, record)
-    return record
+    return record, sums['confusion']
 
 
 def _place(run: _Run, step: int) -> dict[str, Any]:
@@ -372,7 +407,7 @@ def _write(run: _Run, record: dict[str, Any]):
         return
     workdir_lib.append_metrics(run.workdir, record)
     for name, value in record.items():
-        if name not in ('kind', 'step'):
+        if name not in ('kind', 'step') and value is not None:
             run.writer.add_scalar(f'{name}/{record["kind"]}', value, record['step'])
 
 
@@ -381,16 +416,21 @@ def _save(run: _Run, step: int, tree, history: list[dict[str, Any]]):
         latest = history[-1] if history else {}
         scored = latest.get('kind') == 'validation' and latest['step'] == step
         run.checkpoints.save(step, tree, {'top1': latest['top1']} if scored else None)
+        if run.writer:
+            run.writer.flush()
     run.on_event({'kind': 'checkpoint', 'step': step})
 
 
-def _finish(run: _Run, state, history, stopped: str) -> Result:
+def _finish(run: _Run, state, history, stopped: str, confusion) -> Result:
     """Waits for the last checkpoint and, at the end of training, writes the result and the pictures."""
     run.checkpoints.wait()
     validations = [record for record in history if record['kind'] == 'validation']
     result = Result(validations[-1] if validations else {}, history, state, stopped, run.workdir)
     if stopped in ('done', 'early'):
-        sums = jax.device_get(run.evaluator(steps.evaluation_variables(state)))
+        if confusion is None:  # the run was complete before
+            confusion = jax.device_get(run.evaluator(steps.evaluation_variables(state)))[
+                'confusion'
+            ]
         if jax.process_index() == 0:
-            report_lib.write(run.workdir, sums['confusion'], history)
+            report_lib.write(run.workdir, confusion, history)
     return result

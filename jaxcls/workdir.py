@@ -11,6 +11,7 @@ result.json, *.png   written at the end
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import subprocess
@@ -25,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
@@ -41,9 +43,6 @@ def locked(workdir: Path) -> Iterator[None]:
     Raises:
       UserError: another run holds it.
     """
-    if jax.process_index():
-        yield
-        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(workdir / '.lock', timeout=0)
@@ -77,31 +76,78 @@ def write_text(path: Path, text: str):
     part.replace(path)
 
 
-def start(workdir: Path, config: ConfigDict) -> bool:
-    """Claims a fresh directory for a config, or checks that the run in it has the same; True if it has.
-
-    Raises:
-      UserError: a run of another config is there, or files that are no run.
-    """
-    path = workdir / 'config.json'
-    if path.exists():
+def check(workdir: Path, config: ConfigDict):
+    """Raises UserError unless a run of the config may start, or go on, in the directory."""
+    if set('[]*?') & set(str(workdir.absolute())):
+        raise UserError(
+            f'{workdir} has one of the characters []*? in its path, which Orbax takes for a '
+            'pattern. Choose another --workdir.'
+        )
+    if (workdir / 'config.json').exists():
         changes = config_lib.differences(read_config(workdir), config)
-        if changes:
-            lines = '\n'.join(
-                f'  {key}: {old!r} there, {new!r} now' for key, (old, new) in changes.items()
-            )
+        if changes and _has_begun(workdir):
+            lines = [f'  {key}: {old!r} there, {new!r} now' for key, (old, new) in changes.items()]
             raise UserError(
-                f'{workdir} holds a run of a different config:\n{lines}\n'
-                f'Choose another --workdir, or the same config to continue that run.'
+                f'{workdir} holds a run of a different config:\n' + '\n'.join(lines) + '\n'
+                'Choose another --workdir, or the same config to continue that run.'
             )
-        return True
-    if any(item.name != '.lock' for item in workdir.iterdir()):
+    elif workdir.is_dir() and any(map(_is_foreign, workdir.iterdir())):
         raise UserError(
             f'{workdir} holds files but no run (no config.json). Choose an empty or new --workdir.'
         )
+
+
+def _has_begun(workdir: Path) -> bool:
+    return any((workdir / name).exists() for name in ('metrics.jsonl', 'checkpoints'))
+
+
+def _is_foreign(path: Path) -> bool:
+    return not (path.name.startswith('.') or path.name == 'environment.json')
+
+
+def start(workdir: Path, config: ConfigDict, data: dict[str, Any]):
+    """Claims a directory for a config and its data, or checks that the run in it has the same.
+
+    Args:
+      data: class names, image shape and sizes of the splits.
+
+    Raises:
+      UserError: a run of another config or other data is there, or files that are no run.
+    """
+    check(workdir, config)
+    if _has_begun(workdir):
+        _check_data(workdir, data)
+        return
     write_json(workdir / 'environment.json', _environment())
-    write_text(path, config_lib.to_json(config) + '\n')
-    return False
+    write_json(workdir / 'data.json', data)
+    write_text(workdir / 'config.json', config_lib.to_json(config) + '\n')
+
+
+def _check_data(workdir: Path, data: dict[str, Any]):
+    """Raises UserError where the data are no longer those that the run began with."""
+    before, now = read_data(workdir), json.loads(json.dumps(data))
+    changed = [
+        f'  {key}: {before[key]} then, {now[key]} now' for key in now if before[key] != now[key]
+    ]
+    if changed:
+        raise UserError(
+            f'The data set is no longer the one that the run in {workdir} began with:\n'
+            + '\n'.join(changed)
+            + '\nRestore the data, or choose another --workdir.'
+        )
+
+
+def read_data(workdir: Path) -> dict[str, Any]:
+    """What a run knows of its data: `class_names`, `image_shape`, `examples` of its splits.
+
+    Raises:
+      UserError: data.json is missing or damaged.
+    """
+    path = workdir / 'data.json'
+    data = read_json(path)
+    if not isinstance(data, dict) or not {'class_names', 'image_shape', 'examples'} <= data.keys():
+        raise UserError(f'{path} is damaged: its fields are missing. Restore it from a copy.')
+    return data
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -129,8 +175,8 @@ def read_json(path: Path) -> Any:
 def _read(path: Path, parse) -> Any:
     try:
         return parse(path.read_text())
-    except (ValueError, OSError) as error:
-        raise UserError(f'{path} cannot be read: {error}. Restore it from a copy.') from None
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f'{path} is damaged: {error}. Restore it from a copy.') from None
 
 
 def _environment() -> dict[str, Any]:
@@ -174,8 +220,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     path = workdir / 'metrics.jsonl'
     if not path.exists():
         return []
-    lines = path.read_text().split('\n')[:-1]
-    return [json.loads(line) for line in lines]
+    return _read(path, lambda text: [json.loads(line) for line in text.split('\n')[:-1]])
 
 
 def append_metrics(workdir: Path, record: dict[str, Any]):
@@ -245,62 +290,62 @@ class Checkpoints:
           UserError: there are checkpoints, and none is intact.
         """
         steps = sorted(self.manager.all_steps(), reverse=True) if step is None else [step]
-        reasons = []
+        bad = []
         for candidate in steps:
+            tree, reason = None, ''
             try:
-                return Restored(candidate, self._restore_verified(candidate, like))
+                tree = self._restore_verified(candidate, like)
             except Exception as error:  # Orbax and TensorStore raise many kinds on damage
                 reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-                reasons.append(f'  step {candidate}: {reason}')
-                self._set_aside(candidate, reason)
-        if not reasons:
+                _silence_closed_loops()
+            if _everywhere(tree is not None):
+                for damaged in bad:
+                    self._set_aside(*damaged)
+                return Restored(candidate, tree)
+            bad.append((candidate, reason or 'damaged for another process'))
+        if not bad:
             return None
         raise UserError(
-            f'No intact checkpoint is left in {self.directory}:\n' + '\n'.join(reasons) + '\n'
-            'Restore the directory from a copy, or start anew in another --workdir.'
+            f'No intact checkpoint that fits this run in {self.directory}:\n'
+            + '\n'.join(f'  step {step}: {reason}' for step, reason in bad)
+            + '\nRestore the directory from a copy, or start anew in another --workdir.'
         )
 
     def _restore_verified(self, step: int, like: Any) -> Any:
         plain = _plain(like)
-        args = ocp.args.Composite(
-            tree=ocp.args.PyTreeRestore(
-                plain, restore_args=ocp.checkpoint_utils.construct_restore_args(plain)
-            ),
-            manifest=ocp.args.JsonRestore(),
+        saved = self.manager.restore(
+            step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore())
+        ).manifest
+        expected = {key: [list(leaf.shape), str(leaf.dtype)] for key, leaf in plain.items()}
+        _compare(expected, {key: value[:2] for key, value in saved.items()})
+        tree_args = ocp.args.PyTreeRestore(
+            plain, restore_args=ocp.checkpoint_utils.construct_restore_args(plain)
         )
-        restored = self.manager.restore(step, args=args)
+        restored = self.manager.restore(step, args=ocp.args.Composite(tree=tree_args))
         tree = _like(like, restored.tree)
-        found, expected = manifest(tree), restored.manifest
-        for path in sorted(found.keys() | expected.keys()):
-            if found.get(path) != expected.get(path):
-                raise ValueError(
-                    f'{path} is {found.get(path)}, and was saved as {expected.get(path)}'
-                )
+        _compare(manifest(tree), saved)
         return tree
 
     def _set_aside(self, step: int, reason: str):
+        """Renames a damaged step out of the way, by one process of all."""
         bad = self.directory / str(step)
-        if self.read_only or jax.process_index() or not bad.exists():
-            warnings.warn(f'Checkpoint of step {step} is damaged ({reason}).', stacklevel=3)
-            return
-        target = next(
-            path
-            for path in (self.directory.parent / f'damaged-{step}-{i}' for i in range(10**6))
-            if not path.exists()
-        )
-        bad.rename(target)
-        self.manager.reload()
-        warnings.warn(
-            f'Checkpoint of step {step} is damaged ({reason}); it is now {target.name}.',
-            stacklevel=3,
-        )
+        renamed = ''
+        if not self.read_only and not jax.process_index() and bad.exists():
+            names = (f'damaged-{step}-{i}' for i in itertools.count())
+            target = next(p for p in map(self.directory.with_name, names) if not p.exists())
+            bad.rename(target)
+            renamed = f'; it is now {target.name}'
+        if _everywhere(True) and not self.read_only:
+            self.manager.reload()
+        warnings.warn(f'Checkpoint of step {step} is damaged ({reason}){renamed}.', stacklevel=3)
 
-    def find(self, which: str, records: list[dict[str, Any]]) -> int | None:
+    def find(self, which: str | int, records: list[dict[str, Any]]) -> int | None:
         """The step of 'latest' (None: the newest intact one), of 'best', or of a number, if kept.
 
         Raises:
           UserError: there is no such checkpoint.
         """
+        which = str(which)
         if which == 'latest':
             return None
         kept = self.manager.all_steps()
@@ -321,6 +366,34 @@ class Checkpoints:
     def close(self):
         """Waits, then lets go of Orbax's threads."""
         self.manager.close()
+
+
+def _everywhere(ok: bool) -> bool:
+    """Whether all processes say so; each must ask."""
+    if jax.process_count() == 1:
+        return ok
+    return bool(multihost_utils.process_allgather(np.int32(ok)).all())
+
+
+def _compare(found: dict[str, list], saved: dict[str, list]):
+    for path in sorted(found.keys() | saved.keys()):
+        if found.get(path) != saved.get(path):
+            raise ValueError(f'{path} is {found.get(path)}, and was saved as {saved.get(path)}')
+
+
+def _silence_closed_loops():
+    """After a failed read, TensorStore reports its other reads to an event loop that Orbax has closed.
+
+    Python prints a traceback for each; they say nothing that the failure did not.
+    """
+    hook = sys.unraisablehook
+
+    def quiet(unraisable):
+        if 'Event loop is closed' not in str(unraisable.exc_value):
+            hook(unraisable)
+
+    if getattr(hook, '__name__', '') != 'quiet':
+        sys.unraisablehook = quiet
 
 
 def _plain(tree: Any) -> Any:

@@ -64,6 +64,16 @@ def test_list_items_can_be_overridden():
     assert config.augment[0]['padding'] == 1
 
 
+def test_the_augmentations_can_be_set_whole_and_renamed():
+    config = completed()
+    items = [('augment', "[{'name': 'flip'}, {'name': 'cutout'}]"), ('augment[1].name', 'pad_crop')]
+    config_lib.apply_overrides(config, items, experiment.TABLES)
+    assert [spec['name'] for spec in config.augment] == ['flip', 'pad_crop']
+    assert config.augment[1]['padding'] == 4
+    config_lib.apply_overrides(config, [('augment', '[]')], experiment.TABLES)
+    assert config.augment == []
+
+
 def test_a_new_name_starts_its_section_afresh_whatever_the_order():
     for order in ([0, 1], [1, 0]):
         config = completed(model={'name': 'mlp'})
@@ -91,7 +101,10 @@ def test_a_new_name_starts_its_section_afresh_whatever_the_order():
             'config.batch_size is None, of type NoneType; it must be of type int',
         ),
         ('data', '{}', 'config.data is a group of fields'),
-        ('augment', '[]', 'config.augment is a group of fields'),
+        ('augment', '3', 'config.augment is 3; it must be a list of dicts'),
+        ('augment', "['flip']", "it must be a dict with a 'name'"),
+        ('epochs', '{[]:1}', 'must be of type float'),
+        ('epochs', '9' * 401, 'must be of type float'),
         ('augment[3].padding', '1', 'config.augment has items 0 to 0'),
         ('augment[0].pading', '1', "Did you mean 'padding'?"),
         ('data.mean', '0.5', 'it must be of type tuple'),
@@ -120,7 +133,7 @@ def test_override_mistakes_are_one_message(path, text, message):
         ('warmup_epochs', 20.0, 'must be less than config.epochs'),
         ('accumulate_steps', 3, 'does not divide into config.accumulate_steps 3'),
         ('data.pipeline', 'steam', "Did you mean 'stream'?"),
-        ('data.std', (0.0,), 'each must be more than 0'),
+        ('data.std', (0.0,), 'each more than 0'),
         ('data.std', (1.0, 1.0), 'give both one value'),
         ('data.crop', 'random_resized', 'set config.data.image_size'),
         ('early_stopping_epochs', 0.5, 'it would stop at once'),

@@ -143,6 +143,26 @@ def test_the_average_follows_the_parameters_and_is_what_is_evaluated():
     assert steps.evaluation_variables(plain)['params'] is plain.params
 
 
+def test_bfloat16_parameters_have_float32_averages_and_optimiser_state():
+    model = make_model('mlp', num_classes=CLASSES, hidden=(5,), param_dtype=jnp.bfloat16)
+    train_step, state, _ = make(
+        steps.accumulated_gradients(2), optimizer='adam', ema_decay=0.999, model=model
+    )
+    new, _ = train_step(state, batch())
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(new.params)}
+    assert dtypes == {jnp.dtype(jnp.bfloat16)}
+    wide = jax.tree.leaves((new.ema, new.opt_state))
+    assert {leaf.dtype for leaf in wide if leaf.ndim} == {jnp.dtype(jnp.float32)}
+    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
+
+
+def test_an_overflow_in_the_optimiser_state_is_skipped_too():
+    train_step, state, _ = make(optimizer='adam')
+    grown = jax.tree.map(lambda x: x + jnp.inf if x.ndim else x, state.opt_state)
+    new, sums = train_step(state.replace(opt_state=grown), batch())
+    assert int(sums['bad_steps']) == 1 and int(new.bad_steps) == 1
+
+
 def test_many_steps_in_one_program_are_the_same_steps():
     train_step, state, _ = make(optimizer='adam')
     items = [batch(seed) for seed in range(3)]

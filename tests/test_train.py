@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxcls import config as config_lib
-from jaxcls import evaluate, fit, sharding, train, workdir
+from jaxcls import evaluate, fit, pipeline, sharding, train, workdir
+from jaxcls import experiment as experiment_lib
 from jaxcls.errors import UserError
 
 
@@ -155,6 +156,57 @@ def test_mistakes_are_found_before_anything_is_compiled(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             fit(small(**fields), tmp_path / 'never')
     assert not (tmp_path / 'never').exists()
+
+
+@pytest.mark.parametrize(
+    ('examples', 'batch_size', 'epochs', 'every', 'count'),
+    [
+        (1437, 64, 20, 0.1, 200),
+        (1000, 64, 300, 1.0, 300),
+        (1437, 64, 20, 0.01, 450),
+        (100, 64, 3, 7.0, 1),
+    ],
+)
+def test_events_fall_due_to_the_end_of_the_run(examples, batch_size, epochs, every, count):
+    config = small(epochs=float(epochs), batch_size=batch_size, validate_every_epochs=every)
+    experiment = experiment_lib.build(experiment_lib.resolve(config), (8, 8, 1), 10, examples)
+    feed = pipeline.Feed((), None, None)
+    events = train._Events.of(experiment, feed)
+    assert len(events.validate) == count and experiment.total_steps in events.validate
+    steps = sorted(events.validate)
+    gaps = set(np.diff(steps).tolist())
+    assert not gaps or max(gaps) - min(gaps) <= 1
+    assert events.steps_per_call == 1
+
+
+def test_data_that_changed_under_a_run_are_refused(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def write(classes):
+        label = np.arange(48) % classes
+        images = rng.integers(0, 256, (48, 6, 6), np.uint8)
+        np.savez(tmp_path / 'd.npz', x_train=images, y_train=label, x_test=images, y_test=label)
+
+    config = small(epochs=1.0)
+    config.data.update({'name': f'npz:{tmp_path}/d.npz', 'train': 'train', 'validation': 'test'})
+    write(3)
+    fit(config, tmp_path / 'run')
+    write(4)
+    for _ in range(2):
+        with pytest.raises(UserError, match='no longer the one'):
+            fit(config, tmp_path / 'run')
+    with pytest.raises(UserError, match=r'4 \(0, 1, 2, 3\); the run was trained on 3'):
+        evaluate(tmp_path / 'run')
+    write(3)
+    assert fit(config, tmp_path / 'run').stopped == 'done'
+
+
+def test_evaluation_takes_any_number_of_devices(uninterrupted, monkeypatch):
+    monkeypatch.setattr(
+        sharding, 'make_mesh', lambda: sharding.Mesh(np.array(jax.devices()[:3]), ('data',))
+    )
+    metrics = evaluate(uninterrupted.workdir)
+    assert metrics['top1'] == uninterrupted.metrics['top1'] and metrics['examples'] == 50
 
 
 def test_fit_runs_outside_the_main_thread(tmp_path):

@@ -110,14 +110,22 @@ def test_a_flipped_bit_in_an_array_is_noticed_whichever_it_is():
     assert int(print_(array.reshape(3, 4)[::-1].copy())) != original
 
 
-def test_no_intact_checkpoint_is_an_error_and_not_a_fresh_start(saved):
+def test_no_intact_checkpoint_is_an_error_every_time_and_nothing_is_renamed(saved):
     for step in (1, 2, 3):
         damage(saved / 'checkpoints' / str(step), 'flip')
-    with (
-        pytest.warns(UserWarning, match='damaged'),
-        pytest.raises(UserError, match='No intact checkpoint is left'),
-    ):
-        restore(saved)
+    for _ in range(2):
+        with pytest.raises(UserError, match='No intact checkpoint'):
+            restore(saved)
+    assert sorted(path.name for path in (saved / 'checkpoints').iterdir()) == ['1', '2', '3']
+
+
+def test_checkpoints_of_another_model_are_not_taken_for_damaged(saved):
+    other = {**tree(), 'params': {'kernel': jnp.zeros((5, 5)), 'bias': jnp.ones(6, jnp.bfloat16)}}
+    checkpoints = workdir.Checkpoints(saved)
+    with pytest.raises(UserError, match=r"kernel.*\[5, 5\].*was saved as \[\[4, 6\], 'float32'\]"):
+        checkpoints.restore(like(other))
+    checkpoints.close()
+    assert restore(saved).step == 3
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
@@ -131,6 +139,7 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
     assert checkpoints.find('best', records) == 2
     assert checkpoints.find('latest', records) is None
     assert checkpoints.find('5', records) == 5
+    assert checkpoints.find(5, records) == 5
     with pytest.raises(UserError, match=r"No checkpoint '4' .* steps \[2, 5\]"):
         checkpoints.find('4', records)
     checkpoints.close()
@@ -147,23 +156,66 @@ def test_metrics_are_rewound_to_a_step_and_cut_lines_dropped(tmp_path):
     assert [record['step'] for record in workdir.read_metrics(tmp_path)] == [1, 2, 3]
 
 
+DATA = {'class_names': ('a', 'b'), 'image_shape': (8, 8, 1), 'examples': {'train': 3}}
+
+
+def begin(path, config, data=DATA):
+    workdir.start(path, config, data)
+    workdir.append_metrics(path, {'kind': 'train', 'step': 1})
+
+
 def test_another_config_is_refused_with_the_differences(tmp_path):
     config = config_lib.get_config()
-    assert workdir.start(tmp_path, config) is False
-    assert workdir.start(tmp_path, config) is True
+    begin(tmp_path, config)
+    workdir.start(tmp_path, config, DATA)
     assert config_lib.differences(workdir.read_config(tmp_path), config) == {}
     assert json.loads((tmp_path / 'environment.json').read_text())['jax'] == jax.__version__
     config.epochs = 3.0
     with pytest.raises(UserError, match=r'epochs: 20.0 there, 3.0 now'):
-        workdir.start(tmp_path, config)
+        workdir.start(tmp_path, config, DATA)
+
+
+def test_other_data_are_refused_with_the_differences(tmp_path):
+    config = config_lib.get_config()
+    begin(tmp_path, config)
+    with pytest.raises(UserError, match=r"class_names: \['a', 'b'\] then, \['a', 'c'\] now"):
+        workdir.start(tmp_path, config, {**DATA, 'class_names': ('a', 'c')})
+
+
+def test_a_run_that_has_not_begun_may_change_its_config(tmp_path):
+    config = config_lib.get_config()
+    workdir.write_json(tmp_path / 'environment.json', {})  # killed between two files
+    workdir.start(tmp_path, config, DATA)
+    config.epochs = 3.0
+    workdir.start(tmp_path, config, DATA)
+    assert workdir.read_config(tmp_path).epochs == 3.0
 
 
 def test_a_directory_with_other_files_is_refused(tmp_path):
     (tmp_path / 'thesis.tex').write_text('')
     with pytest.raises(UserError, match='holds files but no run'):
-        workdir.start(tmp_path, config_lib.get_config())
+        workdir.start(tmp_path, config_lib.get_config(), DATA)
     with pytest.raises(UserError, match='is not a run'):
         workdir.read_config(tmp_path)
+    with pytest.raises(UserError, match='characters'):
+        workdir.check(tmp_path / 'a[1]', config_lib.get_config())
+
+
+@pytest.mark.parametrize(
+    ('name', 'text', 'read'),
+    [
+        ('config.json', '[]', workdir.read_config),
+        ('config.json', 'null', workdir.read_config),
+        ('config.json', '{', workdir.read_config),
+        ('data.json', '{}', workdir.read_data),
+        ('data.json', '3', workdir.read_data),
+        ('metrics.jsonl', '{"step": 1}\nx\n', workdir.read_metrics),
+    ],
+)
+def test_damaged_files_are_one_message(tmp_path, name, text, read):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f'{name} is damaged'):
+        read(tmp_path)
 
 
 def test_a_directory_in_use_is_refused_until_its_process_is_gone(tmp_path):
