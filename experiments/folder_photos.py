@@ -16,11 +16,11 @@ def get_config():
     config.batch_size = 32
     config.data.name = 'folder:photos'
     config.data.validation = 'val'
-    config.data.image_size = 64
+    config.data.image_size = 128
     config.data.mean = MEAN
     config.data.std = STD
     config.augment = [{'name': 'random_resized_crop'}, {'name': 'flip'}]
-    config.model = {'name': 'resnet18', 'stem': 'small', 'num_filters': 16}
+    config.model = {'name': 'resnet18', 'num_filters': 32}
     config.optimizer = {'name': 'adamw'}
     config.learning_rate = 0.003
     config.schedule = {'name': 'one_cycle'}
