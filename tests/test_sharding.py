@@ -2,6 +2,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -58,28 +59,39 @@ def test_eight_devices_give_the_losses_of_one(one, tmp_path, monkeypatch, parame
     assert kernel.is_fully_replicated == (parameters == 'replicated')
 
 
-@pytest.mark.parametrize('pipeline', ['resident', 'stream'])
-def test_two_processes_give_the_losses_of_one(one, tmp_path, pipeline):
+def run_two_processes(directory, pipeline):
+    """Exit statuses and what the two printed on standard error."""
     with socket.socket() as free:
         free.bind(('localhost', 0))
         address = f'localhost:{free.getsockname()[1]}'
+    variables = {'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': '2'}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(TWO_PROCESSES), str(tmp_path), pipeline],
-            env={
-                **os.environ,
-                'JAX_COORDINATOR_ADDRESS': address,
-                'JAX_NUM_PROCESSES': '2',
-                'JAX_PROCESS_ID': str(i),
-            },
+            [sys.executable, str(TWO_PROCESSES), str(directory), pipeline],
+            env={**os.environ, **variables, 'JAX_PROCESS_ID': str(i)},
             stderr=subprocess.PIPE,
             text=True,
         )
         for i in range(2)
     ]
     errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    return [process.returncode for process in processes], errors
+
+
+@pytest.mark.parametrize('pipeline', ['resident', 'stream'])
+def test_two_processes_give_the_losses_of_one(one, tmp_path, pipeline):
+    statuses, errors = run_two_processes(tmp_path, pipeline)
+    assert statuses == [0, 0], errors
     np.testing.assert_allclose(losses(tmp_path), losses(one), rtol=1e-5)
+
+
+def test_a_mistake_that_one_process_finds_ends_both(tmp_path):
+    with workdir.locked(tmp_path):
+        begin = time.monotonic()
+        statuses, errors = run_two_processes(tmp_path, 'resident')
+    assert statuses == [2, 2], errors
+    assert 'in use by another run' in errors[0] and 'first process ended the run' in errors[1]
+    assert time.monotonic() - begin < 60  # not a time-out of the other's collectives
 
 
 def test_batches_must_divide_over_the_devices():

@@ -1,8 +1,8 @@
-"""One of the processes of `test_two_processes_give_the_losses_of_one`."""
+"""One of the processes of `run_two_processes` in test_sharding.py."""
 
 import sys
 
-from jaxcls import fit, sharding
+from jaxcls import UserError, fit, sharding
 
 sharding.start_processes()
 
@@ -12,4 +12,8 @@ if __name__ == '__main__':
     directory, pipeline = sys.argv[1:]
     run = config()
     run.data.pipeline = pipeline
-    fit(run, directory)
+    try:
+        fit(run, directory)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
