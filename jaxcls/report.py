@@ -51,18 +51,13 @@ def curves(records: list[dict[str, Any]]) -> Figure:
         figure.subplots(1, 2), ('loss', 'top1'), ('loss', 'accuracy'), strict=True
     ):
         axes.plot(train['epoch'], train[key], color=_TRAIN, label='training (while learning)')
-        axes.plot(validation['epoch'], validation[key], color=_VALIDATION, label='validation')
+        end = f'validation, {validation[key][-1]:.4f} at the end'
+        axes.plot(validation['epoch'], validation[key], color=_VALIDATION, label=end)
         if len(train['epoch']):
             gap = np.interp(validation['epoch'], train['epoch'], train[key])
             axes.fill_between(
                 validation['epoch'], gap, validation[key], color=_VALIDATION, alpha=0.12, lw=0,
                 label='generalisation gap',
-            )  # fmt: skip
-        if len(validation[key]):
-            axes.annotate(
-                f'{validation[key][-1]:.4f}', (validation['epoch'][-1], validation[key][-1]),
-                xytext=(0, 8 if key == 'loss' else -14), textcoords='offset points', ha='right',
-                color=_VALIDATION,
             )  # fmt: skip
         if key == 'loss' and min([1, *train[key], *validation[key]]) > 0:
             axes.set_yscale('log')
