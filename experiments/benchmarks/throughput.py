@@ -14,6 +14,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcls import config as config_lib
 from jaxcls import experiment as experiment_lib
@@ -77,20 +78,28 @@ def main():
     print(f'bare step     {statistics.median(speeds[bare]):10,.1f} images/s')
     print(f'whole program {statistics.median(speeds[whole]):10,.1f} images/s')
     print(f'ratio         {statistics.median(ratios):.3f}  ({ratios[0]:.3f} to {ratios[-1]:.3f})')
-    if not feed.data:
-        begin = time.perf_counter()
-        alone = pipeline.stream(reader, order, mesh, total, config.data.workers)
-        alone.items(0, 1)
-        begin = time.perf_counter()
-        for step in range(1, args.steps):
-            alone.items(step, 1)
-        speed = (args.steps - 1) * batch_size / (time.perf_counter() - begin)
-        print(f'stream alone  {speed:10,.1f} images/s')
-        begin = time.perf_counter()
-        for index in order(0)['index'].repeat(4):
-            reader(int(index))
-        speed = 4 * batch_size / (time.perf_counter() - begin)
-        print(f'decoder alone {speed:10,.1f} images/s, one thread')
+    feed.close()
+    if not feed.resident:
+        time_reading(config, reader, order, mesh)
+
+
+def time_reading(config, reader, order, mesh, batches=60, ahead=20):
+    """The stream without a network to feed, and the decoder without a stream."""
+    alone = pipeline.stream(reader, order, mesh, 10**6, config.data.workers)
+    for step in range(ahead):  # what was read ahead while nobody asked
+        alone.items(step, 1)
+    begin = time.perf_counter()
+    for step in range(ahead, ahead + batches):
+        alone.items(step, 1)
+    speed = batches * config.batch_size / (time.perf_counter() - begin)
+    alone.close()
+    print(f'stream alone  {speed:10,.1f} images/s, {config.data.workers or "no"} workers')
+    index = np.concatenate([order(step)['index'] for step in range(10)])
+    begin = time.perf_counter()
+    for place, i in enumerate(index):
+        reader(int(i), place)
+    speed = len(index) / (time.perf_counter() - begin)
+    print(f'decoder alone {speed:10,.1f} images/s, one thread')
 
 
 if __name__ == '__main__':
