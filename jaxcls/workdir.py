@@ -291,13 +291,13 @@ class Checkpoints:
         """
         steps = sorted(self.manager.all_steps(), reverse=True) if step is None else [step]
         bad = []
+        _silence_closed_loops()
         for candidate in steps:
             tree, reason = None, ''
             try:
                 tree = self._restore_verified(candidate, like)
             except Exception as error:  # Orbax and TensorStore raise many kinds on damage
                 reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-                _silence_closed_loops()
             if _everywhere(tree is not None):
                 for damaged in bad:
                     self._set_aside(*damaged)
