@@ -2,7 +2,8 @@
 
     python -m jaxcls.main --config=experiments/folder_photos.py --config.data.name=folder:PATH
 
-Hardware: 2 CPU cores. Time: TODO. Accuracy: TODO.
+Hardware: 2 CPU cores. Time: 5 minutes. Accuracy: 49.0% (1 run; 10 classes of ImageNet, 800 photos to
+train from scratch and 200 to validate: its 95% interval is 42 to 56%).
 """
 
 from jaxcls import config as base
