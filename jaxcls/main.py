@@ -21,8 +21,8 @@ examples:
   jaxcls --config=experiments/resnet_cifar.py         an experiment
   jaxcls --config=experiments/lenet_mnist.py --config.epochs=5 --config.model.activation=relu
 
-Any field of the config can be set as --config.FIELD=VALUE. Setting a section's name (model,
-optimizer, schedule, loss) starts that section from the defaults of what it names. The same command goes on
+Any field of the config can be set as --config.FIELD=VALUE. Another name for a section (model,
+optimizer, schedule, loss) starts it from the defaults of what it names. The same command goes on
 with a run that was stopped.
 """
 

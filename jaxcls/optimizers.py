@@ -213,8 +213,8 @@ _lars = functools.partial(optax.lars, weight_decay_mask=decay_mask, trust_ratio_
 _lion = functools.partial(optax.lion, weight_decay=0.0)
 
 # Left out of Optax's: lbfgs (its line search needs one batch's loss many times in a step), sophia
-# (needs Hessian products of the loss), galore (saves memory on the matrices of language models),
-# and adamaxw and nadamw, which are adamax and nadam with our decay.
+# (needs Hessian products of the loss), galore (saves memory on the matrices of language models). Names
+# in w are those without it, whose decay is decoupled here, under the names people look for.
 OPTIMIZERS = {
     'acprop': _decayed(contrib.acprop),
     'adabelief': _decayed(optax.adabelief),
@@ -223,7 +223,8 @@ OPTIMIZERS = {
     'adagrad': _decayed(optax.adagrad),
     'adam': _decayed(optax.adam),
     'adamax': _decayed(optax.adamax),
-    'adamw': _decayed(optax.adam),  # the same as adam, whose decay is decoupled here
+    'adamaxw': _decayed(optax.adamax),
+    'adamw': _decayed(optax.adam),
     'adan': _decayed(optax.adan),
     'ademamix': _decayed(contrib.ademamix),
     'adopt': _decayed(contrib.adopt),
@@ -242,6 +243,7 @@ OPTIMIZERS = {
     'momo_adam': _decayed(contrib.momo_adam),
     'muon': _decayed(_muon),
     'nadam': _decayed(optax.nadam),
+    'nadamw': _decayed(optax.nadam),
     'noisy_sgd': _decayed(_noisy_sgd),
     'novograd': _decayed(optax.novograd),
     'optimistic_adam': _decayed(optax.optimistic_adam_v2),
