@@ -79,10 +79,10 @@ class Reporter:
             self.print(f'{self.line(event)}  {self.speed(event)}')
 
     def on_validation(self, event):
-        """An epoch's line: validation, then the last training numbers."""
-        train = average(self.window)
+        """An epoch's line: validation, then training since the validation before."""
+        mean = average(self.window)
         self.window = []
-        train = f'training {show(train["loss"])} {show(train["top1"], "%")}'
+        train = f'training {show(mean["loss"])} {show(mean["top1"], "%")}'
         self.print(f'{self.line(event)} validation  {train}  {self.speed(self.train)}')
 
     def on_checkpoint(self, event):

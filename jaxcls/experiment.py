@@ -212,9 +212,9 @@ def abstract_checkpoint(experiment: Experiment, mesh: Mesh) -> tuple[steps.Train
     )
 
 
-def raw_batch(experiment: Experiment, batch_size: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
+def raw_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a raw batch of `pipeline.Feed`."""
-    size = batch_size or experiment.config.batch_size
+    size = experiment.config.batch_size
     row = {'label': jnp.int32, 'index': jnp.int32, 'epoch': jnp.int32, 'mask': jnp.bool_}
     shapes = {name: jax.ShapeDtypeStruct((size,), dtype) for name, dtype in row.items()}
     return {**shapes, 'image': jax.ShapeDtypeStruct((size, *experiment.image_shape), jnp.uint8)}

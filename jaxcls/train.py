@@ -424,13 +424,12 @@ def _save(run: _Run, step: int, tree, history: list[dict[str, Any]]):
 def _finish(run: _Run, state, history, stopped: str, confusion) -> Result:
     """Waits for the last checkpoint and, at the end of training, writes the result and the pictures."""
     run.checkpoints.wait()
-    validations = [record for record in history if record['kind'] == 'validation']
+    validations = _validations(history)
     result = Result(validations[-1] if validations else {}, history, state, stopped, run.workdir)
     if stopped in ('done', 'early'):
         if confusion is None:  # the run was complete before
-            confusion = jax.device_get(run.evaluator(steps.evaluation_variables(state)))[
-                'confusion'
-            ]
+            sums = run.evaluator(steps.evaluation_variables(state))
+            confusion = jax.device_get(sums['confusion'])
         if jax.process_index() == 0:
             report_lib.write(run.workdir, confusion, history)
     return result

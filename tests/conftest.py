@@ -18,13 +18,15 @@ def compile_once(tmp_path_factory):
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
+@pytest.fixture(scope='session', autouse=True)
+def one_device():
     """Meshes of one device, unless a test asks for more by name."""
     make_mesh = sharding.make_mesh
-    monkeypatch.setattr(
-        sharding, 'make_mesh', lambda devices=None: make_mesh(devices or jax.devices()[:1])
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sharding, 'make_mesh', lambda devices=None: make_mesh(devices or jax.devices()[:1])
+        )
+        yield
 
 
 @pytest.fixture(scope='session')

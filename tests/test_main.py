@@ -15,23 +15,19 @@ TRAIN = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope='module')
-def run(tmp_path_factory):
-    path = tmp_path_factory.mktemp('command') / 'run'
+@pytest.fixture(scope='module', autouse=True)
+def no_start():
+    """Commands do not touch the process: no cache of compiled programs, no warnings format."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main, '_start', lambda: None)
-        from jaxcls import sharding
+        yield
 
-        make_mesh = sharding.make_mesh
-        patch.setattr(sharding, 'make_mesh', lambda: make_mesh(__import__('jax').devices()[:1]))
-        assert main.main([f'--workdir={path}', *TRAIN]) == 0
+
+@pytest.fixture(scope='module')
+def run(no_start, tmp_path_factory):
+    path = tmp_path_factory.mktemp('command') / 'run'
+    assert main.main([f'--workdir={path}', *TRAIN]) == 0
     return path
-
-
-@pytest.fixture(autouse=True)
-def no_start(monkeypatch):
-    """Commands do not touch the process: no cache of compiled programs, no warnings format."""
-    monkeypatch.setattr(main, '_start', lambda: None)
 
 
 @pytest.fixture

@@ -41,10 +41,7 @@ def losses(path):
 @pytest.fixture(scope='module')
 def one(tmp_path_factory):
     path = tmp_path_factory.mktemp('one')
-    with pytest.MonkeyPatch.context() as patch:
-        make_mesh = sharding.make_mesh
-        patch.setattr(sharding, 'make_mesh', lambda: make_mesh(jax.devices()[:1]))
-        fit(config(), path)
+    fit(config(), path)
     assert len(losses(path)) == 10
     return path
 
