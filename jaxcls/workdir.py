@@ -384,8 +384,12 @@ def _compare(found: dict[str, list], saved: dict[str, list]):
 def _silence_closed_loops():
     """After a failed read, TensorStore reports its other reads to an event loop that Orbax has closed.
 
-    Python prints a traceback for each; they say nothing that the failure did not.
+    Python prints a traceback for each, and a warning for each read that had not begun; they say
+    nothing that the failure did not.
     """
+    warnings.filterwarnings(
+        'ignore', r"coroutine '.*_get_array_metadatas' was never awaited", RuntimeWarning
+    )
     hook = sys.unraisablehook
 
     def quiet(unraisable):

@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,22 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(saved, how
     assert restored.step == 2
     assert_same(restored.tree, {**tree(), 'step': jnp.int32(2)})
     assert (saved / 'damaged-3-0').is_dir() and not newest.exists()
+
+
+def test_reads_that_a_failed_one_cancelled_say_nothing(saved, monkeypatch):
+    class Store:
+        async def _get_array_metadatas(self):
+            return None
+
+    def fail(self, step, like):
+        Store()._get_array_metadatas()
+        raise ValueError('truncated')
+
+    monkeypatch.setattr(workdir.Checkpoints, '_restore_verified', fail)
+    with pytest.raises(UserError, match='truncated'), warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        restore(saved)
+    assert not seen
 
 
 def test_a_flipped_bit_in_an_array_is_noticed_whichever_it_is():
