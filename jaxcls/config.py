@@ -42,6 +42,8 @@ def get_config() -> ConfigDict:
                 'dir': '',  # of TFDS; '' is $TFDS_DATA_DIR or ~/tensorflow_datasets
                 'train': 'train',
                 'validation': 'test',  # take 'train[90%:]' to tune, choose or stop early
+                'classes': (),  # (3, 5): only these, relabelled 0 and 1; (): all
+                'per_class': 0,  # training examples of each class, drawn by the seed; 0: all
                 'image_size': 0,  # pixels; 0 keeps the size of the data set
                 'crop': 'center',  # 'random_resized': of the full photo, streamed training only
                 'crop_fraction': 1.0,  # of the short side that a centre crop keeps
@@ -217,13 +219,19 @@ def _literal(text: str) -> Any:
         return text
 
 
+# What the items of tuples that are empty by default are like; numbers in any others are floats.
+_ITEMS = {'data.classes': 0}
+
+
 def _typed(path: str, value: Any, old: Any) -> Any:
     """The value as the old one's type. A number may widen to float, nothing else changes its type."""
     wanted = type(old)
     if wanted is float and type(value) is int and abs(value) < 2**63:
         return float(value)
     if wanted is tuple and isinstance(value, (list, tuple)):
-        if not old and all(type(item) in (int, float) for item in value):
+        if not old and path in _ITEMS:
+            old = (_ITEMS[path],)
+        elif not old and all(type(item) in (int, float) for item in value):
             old = (0.0,)
         return tuple(_typed(path, item, old[0] if old else value[0]) for item in value)
     if type(value) is not wanted:
@@ -259,6 +267,7 @@ _RANGES = (
     ('seed', 0, 2**31 - 1),
     ('epochs', _TINY, math.inf),
     ('batch_size', 1, 2**24),
+    ('data.per_class', 0, 2**31 - 1),
     ('data.image_size', 0, 4096),
     ('data.crop_fraction', 0.01, 1.0),
     ('data.workers', 0, 512),
@@ -332,6 +341,12 @@ def _check_together(config: ConfigDict):
             f'config.warmup_epochs {config.warmup_epochs} must be less than config.epochs '
             f'{config.epochs}.'
         )
+    classes = data.classes
+    if len(set(classes)) != len(classes) or len(classes) == 1 or min(classes, default=0) < 0:
+        raise UserError(
+            f'config.data.classes is {classes}; give () for all classes, or the indices, from 0, of at '
+            'least 2, each once.'
+        )
     if not data.std or min(data.std) <= 0 or not all(map(math.isfinite, data.mean + data.std)):
         raise UserError(
             f'config.data.std is {data.std}; give one value, or one a channel, each more than 0.'
@@ -371,12 +386,13 @@ def from_json(text: str) -> ConfigDict:
     return ConfigDict(_tuples(value))
 
 
-def _tuples(value: Any) -> Any:
+def _tuples(value: Any, key: str = '') -> Any:
     if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
+        return {key: _tuples(item, key) for key, item in value.items()}
     if isinstance(value, list):
         items = [_tuples(item) for item in value]
-        return items if not items or isinstance(items[0], dict) else tuple(items)
+        dicts = key == 'augment' or (items and isinstance(items[0], dict))
+        return items if dicts else tuple(items)
     return value
 
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from jaxcls import loaders
 from jaxcls.errors import UserError
-from jaxcls.sources import ArraySource, select
+from jaxcls.sources import ArraySource, read_labels, select, subset
 
 DATASETS: dict[str, Callable[[str, str, int], loaders.Dataset]] = {
     'tfds': loaders.tfds,
@@ -28,15 +28,15 @@ MAX_PIXELS = 50_000_000
 
 @dataclass(frozen=True)
 class Split:
-    """A split of a data set, or a slice of one.
+    """A split of a data set, or a slice or subset of one.
 
     Attributes:
       source: random access, picklable: `len(source)` and `source[i] -> (image, label)`, where the
         image is encoded bytes (PNG, JPEG, WebP, ...) or uint8 [H, W, C], the label an int.
       class_names: [K].
       shape: (H, W, C) of all images; H = W = 0 where sizes vary.
-      fingerprint: a hex digest that changes when the data or the slice change. It covers names,
-        sizes and modification times of files (CRCs in npz files), not every pixel.
+      fingerprint: a hex digest that changes when the data, the slice or the subset change. It covers
+        names, sizes and modification times of files (CRCs in npz files), not every pixel.
     """
 
     source: Any
@@ -45,28 +45,82 @@ class Split:
     fingerprint: str
 
 
-def load(name: str, split: str, data_dir: str = '', seed: int = 0) -> Split:
+def load(
+    name: str,
+    split: str,
+    data_dir: str = '',
+    seed: int = 0,
+    classes: tuple[int, ...] = (),
+    per_class: int = 0,
+) -> Split:
     """Opens a split of a data set, and prepares a TFDS data set that is not yet.
 
     Args:
       name: 'tfds:NAME' ('tfds:NAME/CONFIG:VERSION'), 'folder:PATH', 'npz:PATH' or 'digits'.
       split: 'train', 'train[:90%]', 'test[-100:]', 'train+test', 'all': the grammar of TFDS.
       data_dir: of TFDS; '' is $TFDS_DATA_DIR, else ~/tensorflow_datasets.
-      seed: of the split of a folder that is not split itself.
+      seed: of the split of a folder that is not split itself, and of `per_class`.
+      classes: indices of those to keep, which are labelled 0, 1, ... in this order; () keeps all.
+      per_class: examples to keep of each class, drawn without replacement; those of a smaller number
+        are among them, and those of one class do not depend on `classes`. 0 keeps all.
 
     Raises:
-      UserError: the data set, the split or a file of it is not there or not what it should be.
+      UserError: the data set, the split or a file of it is not there or not what it should be; or
+        the split lacks the classes, or has too few examples of one.
     """
     dataset = _open(name, data_dir, seed)
+    names = _kept_names(name, dataset.class_names, classes)
     ranges = parse_split(split, dataset.sizes)
     opened = {part: dataset.open(part) for part, _, _ in ranges}
     source = select([(opened[part], start, stop) for part, start, stop in ranges])
     identity = [(opened[part].content, start, stop) for part, start, stop in ranges]
     fingerprint = loaders.digest([dataset.class_names, dataset.shape, identity])
+    if classes or per_class:
+        kept = dict(zip(classes or range(len(names)), names, strict=True))
+        indices, labels = _choose(read_labels(source), kept, split, per_class, seed)
+        source = subset(source, indices, labels)
+        fingerprint = loaders.digest([fingerprint, names, indices.tolist(), labels.tolist()])
     if name.startswith('npz:'):  # worker processes read the file, rather than be sent the pixels
-        remake = (_remake, (name, split))
+        remake = (_remake, (name, split, data_dir, seed, classes, per_class))
         source = ArraySource(source.images, source.labels, remake=remake)
-    return Split(source, dataset.class_names, dataset.shape, fingerprint)
+    return Split(source, names, dataset.shape, fingerprint)
+
+
+def _kept_names(name: str, known: tuple[str, ...], classes: tuple[int, ...]) -> tuple[str, ...]:
+    if len(set(classes)) < len(classes) or not all(0 <= k < len(known) for k in classes):
+        raise UserError(
+            f'config.data.classes is {classes}; {name} has the classes 0 to {len(known) - 1}: give '
+            'each of those to keep once, or () to keep all.'
+        )
+    return tuple(known[k] for k in classes) or known
+
+
+def _choose(
+    labels: np.ndarray, kept: dict[int, str], split: str, per_class: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The examples of the classes that `kept` names by index, in order, and their new labels."""
+    places = {k: np.flatnonzero(labels == k) for k in kept}
+    fewest = min(kept, key=lambda k: len(places[k]))
+    if len(places[fewest]) < per_class:
+        raise UserError(
+            f'config.data.per_class is {per_class:,}; class {kept[fewest]!r} has only '
+            f'{len(places[fewest]):,} examples in {split!r}. Set fewer, or name the other classes in '
+            'config.data.classes.'
+        )
+    if per_class:  # RandomState: NumPy keeps its stream for good
+        draw = {
+            k: np.random.RandomState([seed, k]).permutation(found) for k, found in places.items()
+        }
+        places = {k: found[:per_class] for k, found in draw.items()}
+    indices = np.sort(np.concatenate(list(places.values())))
+    if not len(indices):
+        raise UserError(
+            f'Split {split!r} has no example of config.data.classes {tuple(kept)}: '
+            f'{", ".join(kept.values())}. Choose others, or another split.'
+        )
+    relabelled = np.zeros(max(kept) + 1, np.int32)
+    relabelled[list(kept)] = np.arange(len(kept))
+    return indices, relabelled[labels[indices]]
 
 
 class Description(NamedTuple):
@@ -77,19 +131,35 @@ class Description(NamedTuple):
     examples: int
 
 
-def describe(name: str, split: str, data_dir: str = '', seed: int = 0) -> Description:
+def describe(
+    name: str,
+    split: str,
+    data_dir: str = '',
+    seed: int = 0,
+    classes: tuple[int, ...] = (),
+    per_class: int = 0,
+) -> Description:
     """Describes what `load` with the same arguments opens; nothing is prepared.
 
-    A TFDS data set that is not prepared is described from TFDS's code, with 0 examples.
+    A TFDS data set that is not prepared is described from TFDS's code, with 0 examples unless
+    `per_class` says how many. The records of a prepared one are not read: of `classes` alone, the
+    number of examples is estimated, as if classes were of one size.
     """
     kind, _, location = name.partition(':')
     if kind == 'tfds' and location:
         dataset = loaders.known_tfds(location, data_dir)
     else:
         dataset = _open(name, data_dir, seed)
+    names = _kept_names(name, dataset.class_names, classes)
     ranges = parse_split(split, dataset.sizes) if dataset.sizes else []
     examples = sum(stop - start for _, start, stop in ranges)
-    return Description(dataset.shape, dataset.class_names, examples)
+    if per_class:
+        examples = per_class * len(names)
+    elif classes and kind == 'tfds':
+        examples = round(examples * len(names) / len(dataset.class_names))
+    elif classes:
+        examples = len(load(name, split, data_dir, seed, classes).source)
+    return Description(dataset.shape, names, examples)
 
 
 def splits(name: str, data_dir: str = '') -> dict[str, int]:
@@ -107,8 +177,8 @@ def _open(name: str, data_dir: str, seed: int) -> loaders.Dataset:
     return DATASETS[kind](location, data_dir, seed)
 
 
-def _remake(name: str, split: str) -> ArraySource:
-    return load(name, split).source
+def _remake(*arguments) -> ArraySource:
+    return load(*arguments).source
 
 
 _PART = re.compile(r'([\w-]+)(?:\[(-?[\d_.]+%?)?:(-?[\d_.]+%?)?\])?')

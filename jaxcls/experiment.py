@@ -95,9 +95,13 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 
 def load_split(config: ConfigDict, split: str) -> datasets.Split:
-    """A split of the config's data set, its image size checked."""
+    """A split of the config's data set and classes, its image size checked.
+
+    What `data.train` names is cut to `data.per_class`; other splits, slices of it included, are not.
+    """
     data = config.data
-    loaded = datasets.load(data.name, split, data.dir, config.seed)
+    per_class = data.per_class if split == data.train else 0
+    loaded = datasets.load(data.name, split, data.dir, config.seed, data.classes, per_class)
     pipeline.check_size(loaded, data.image_size)
     return loaded
 

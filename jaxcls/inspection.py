@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from jaxcls import augment, datasets, pipeline, report, steps
 from jaxcls import experiment as experiment_lib
 from jaxcls.errors import UserError
+from jaxcls.sources import read_labels
 
 
 def summarize(config: ConfigDict) -> dict[str, Any]:
@@ -79,11 +80,14 @@ def _activation_bytes(experiment: experiment_lib.Experiment, state: steps.TrainS
 
 def _shape(config: ConfigDict) -> tuple[tuple[int, int, int], int, int]:
     """Image shape, classes and training examples, from the data set's description."""
-    info = datasets.describe(config.data.name, config.data.train, config.data.dir, config.seed)
+    data = config.data
+    info = datasets.describe(
+        data.name, data.train, data.dir, config.seed, data.classes, data.per_class
+    )
     height, width, channels = info.shape
-    if not (height or config.data.image_size):
+    if not (height or data.image_size):
         raise UserError(pipeline.VARYING_SIZES)
-    size = config.data.image_size
+    size = data.image_size
     examples = info.examples or 100 * config.batch_size  # only a schedule's length depends on it
     return (size or height, size or width, channels), len(info.class_names), examples
 
@@ -144,7 +148,7 @@ def describe_data(config: ConfigDict, sheet: Path, samples: int) -> dict[str, An
     config = experiment_lib.resolve(config)
     split = experiment_lib.load_split(config, config.data.train)
     reader = experiment_lib.make_reader(config, split, train=True)
-    count = np.bincount(_labels(split), minlength=len(split.class_names))
+    count = np.bincount(read_labels(split.source), minlength=len(split.class_names))
     figure = report.sheet(*_augmented(config, reader, samples))
     try:
         figure.savefig(sheet, dpi=120)
@@ -160,13 +164,6 @@ def describe_data(config: ConfigDict, sheet: Path, samples: int) -> dict[str, An
         'train_examples_per_class': count.tolist(),
         'sheet': str(sheet),
     }
-
-
-def _labels(split: datasets.Split) -> np.ndarray:
-    labels = getattr(split.source, 'labels', None)
-    if labels is None:
-        labels = [split.source[i][1] for i in range(len(split.source))]
-    return np.asarray(labels)
 
 
 def _augmented(config, reader: pipeline.Reader, samples: int) -> tuple[np.ndarray, list[str]]:

@@ -1,6 +1,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -30,11 +31,13 @@ def test_the_default_config_is_valid_and_complete():
     assert config.augment[0]['mode'] in ('constant', 'reflect')
 
 
-def test_json_round_trip_is_exact():
-    config = completed()
+@pytest.mark.parametrize('fields', [{}, {'augment': []}, {'data': {'classes': (2, 0, 1)}}])
+def test_json_round_trip_is_exact(fields):
+    config = completed(**fields)
     again = config_lib.from_json(config_lib.to_json(config))
     assert config_lib.differences(config, again) == {}
-    assert again.data.mean == config.data.mean and isinstance(again.data.mean, tuple)
+    assert again.to_dict() == config.to_dict()
+    assert isinstance(again.data.mean, tuple) and isinstance(again.data.classes, tuple)
     config_lib.validate(again)
 
 
@@ -44,13 +47,19 @@ def test_overrides_keep_the_type_of_the_field():
         epochs='3',
         data__mean='(0.1, 0.2, 0.3)',
         data__std='[1, 1, 1]',
+        data__classes='(0, 1, 2)',
         data__name='tfds:mnist',
+        schedule__name='step',
+        schedule__boundaries='(1, 2)',
         model__activation='tanh',
         batch_size='7',
     )
     assert config.epochs == 3.0 and isinstance(config.epochs, float)
     assert config.data.mean == (0.1, 0.2, 0.3)
     assert config.data.std == (1.0, 1.0, 1.0)
+    assert config.data.classes == (0, 1, 2) and set(map(type, config.data.classes)) == {int}
+    assert config.schedule.boundaries == (1, 2)
+    assert set(map(type, config.schedule.boundaries)) == {float}  # as of all but classes
     assert (config.data.name, config.model.activation, config.batch_size) == (
         'tfds:mnist',
         'tanh',
@@ -109,6 +118,17 @@ def test_a_new_name_starts_its_section_afresh_whatever_the_order():
         ('augment[0].pading', '1', "Did you mean 'padding'?"),
         ('data.mean', '0.5', 'it must be of type tuple'),
         ('data.mean', "('a',)", 'it must be of type float'),
+        ('data.classes', '3', 'config.data.classes is 3, of type int; it must be of type tuple'),
+        (
+            'data.classes',
+            '(0, 1.5)',
+            'config.data.classes is 1.5, of type float; it must be of type int',
+        ),
+        (
+            'data.classes',
+            "('cat',)",
+            "config.data.classes is 'cat', of type str; it must be of type int",
+        ),
         ('', '1', "config has no field ''"),
     ],
 )
@@ -132,6 +152,14 @@ def test_override_mistakes_are_one_message(path, text, message):
         ('parameters', 'fdsp', "Did you mean 'fsdp'?"),
         ('warmup_epochs', 20.0, 'must be less than config.epochs'),
         ('accumulate_steps', 3, 'does not divide into config.accumulate_steps 3'),
+        ('data.per_class', -1, 'config.data.per_class is -1; it must be at least 0'),
+        (
+            'data.classes',
+            (3,),
+            'config.data.classes is (3,); give () for all classes, or the indices',
+        ),
+        ('data.classes', (1, 2, 1), 'config.data.classes is (1, 2, 1)'),
+        ('data.classes', (0, -1), 'config.data.classes is (0, -1)'),
         ('data.pipeline', 'steam', "Did you mean 'stream'?"),
         ('data.std', (0.0,), 'each more than 0'),
         ('data.std', (1.0, 1.0), 'give both one value'),
@@ -160,6 +188,16 @@ def test_unknown_and_missing_fields_are_found():
     del config.data.std
     with pytest.raises(UserError, match=r'config.data.std is missing'):
         config_lib.validate(config)
+
+
+def test_classes_are_of_every_split_and_per_class_of_the_training_split():
+    config = completed(data={'classes': (7, 2), 'per_class': 5})
+    for part, count in (('train', 10), ('train[:100%]', 143 + 141), ('test', 36 + 36)):
+        split = experiment.load_split(config, part)
+        assert split.class_names == ('7', '2') and len(split.source) == count, part
+    train = experiment.load_split(config, 'train').source.images
+    config.seed = 1
+    assert not np.array_equal(experiment.load_split(config, 'train').source.images, train)
 
 
 def test_reserved_arguments_cannot_be_set():

@@ -1,3 +1,4 @@
+import functools
 import io
 import itertools
 import json
@@ -66,7 +67,7 @@ def example(label: int) -> bytes:
     from tensorflow_datasets.proto import tf_example_pb2
 
     message = tf_example_pb2.Example()
-    message.features.feature['image'].bytes_list.value.append(encode(picture(label % 3)))
+    message.features.feature['image'].bytes_list.value.append(encode(picture(label)))
     message.features.feature['label'].int64_list.value.append(label % 3)
     message.features.feature['id'].bytes_list.value.append(b'%d' % label)
     return message.SerializeToString()
@@ -125,7 +126,7 @@ def write_npz(path: Path, **changes):
 
 @pytest.fixture
 def named(tmp_path):
-    """Loads a data set of each kind: `named(kind, split)`."""
+    """Loads, or describes, a data set of each kind: `named(kind, split)`."""
     write_tfds(tmp_path, 'tfrecord')
     write_folder(tmp_path / 'photos', {'cat': 11, 'dog': 14})
     write_folder(tmp_path / 'given' / 'train', {'cat': 11, 'dog': 14})
@@ -139,8 +140,8 @@ def named(tmp_path):
         'digits': 'digits',
     }
 
-    def load(kind: str, split: str, seed: int = 0) -> datasets.Split:
-        return datasets.load(names[kind], split, str(tmp_path), seed)
+    def load(kind: str, split: str, seed: int = 0, call=datasets.load, **subset):
+        return call(names[kind], split, str(tmp_path), seed, **subset)
 
     return load
 
@@ -196,11 +197,56 @@ def test_the_fingerprint_is_of_the_data_and_the_slice(named, kind):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_a_description_agrees_with_the_split(named, kind, monkeypatch):
-    split = named(kind, 'train[10%:]')
-    monkeypatch.setattr(datasets, 'load', datasets.describe)
-    described = named(kind, 'train[10%:]')
+@pytest.mark.parametrize(
+    ('part', 'subset'),
+    [
+        ('train[10%:]', {}),
+        ('train', {'classes': (1, 0)}),
+        ('train', {'per_class': 2}),
+        ('train[10%:]', {'classes': (1, 0), 'per_class': 1}),
+    ],
+)
+def test_a_description_agrees_with_the_split(named, kind, part, subset):
+    split = named(kind, part, **subset)
+    described = named(kind, part, call=datasets.describe, **subset)
     assert described == (split.shape, split.class_names, len(split.source))
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('part', ['train', 'train[20%:]'])
+def test_classes_filter_and_relabel(named, kind, part):
+    whole = named(kind, part)
+    kept = (len(whole.class_names) - 1, 0)
+    split = named(kind, part, classes=kept)
+    expected = [(image, kept.index(y)) for image, y in everything(whole.source) if y in kept]
+    assert everything(split.source) == expected
+    assert split.class_names == tuple(whole.class_names[k] for k in kept)
+    assert split.source.labels.dtype == np.int32
+    assert list(split.source.labels) == [y for _, y in expected]
+    again = pickle.loads(pickle.dumps(split))
+    assert everything(again.source) == expected
+    assert again.fingerprint == split.fingerprint != whole.fingerprint
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_per_class_draws_nested_subsets_by_the_seed(named, kind):
+    whole = everything(named(kind, 'train').source)
+    classes = tuple(range(len(named(kind, 'train').class_names)))
+    subsets = [named(kind, 'train', per_class=n) for n in (1, 2, 3)]
+    drawn = [everything(split.source) for split in subsets]
+    for n, subset in enumerate(drawn, 1):
+        assert sorted(y for _, y in subset) == sorted(classes * n)
+        rest = iter(whole)
+        assert all(one in rest for one in subset)  # in the order of the split
+    assert set(drawn[0]) < set(drawn[1]) < set(drawn[2])
+    assert everything(named(kind, 'train', per_class=3).source) == drawn[2]
+    others = [named(kind, 'train', seed, per_class=3) for seed in (1, 2)]
+    assert any(set(everything(other.source)) != set(drawn[2]) for other in others)
+    assert len({split.fingerprint for split in subsets + others}) == 5
+    # What is drawn of a class does not depend on the other classes.
+    few = everything(named(kind, 'train', classes=(1, 0), per_class=2).source)
+    assert few == [(image, 1 - y) for image, y in drawn[1] if y in (0, 1)]
+    assert everything(pickle.loads(pickle.dumps(subsets[1])).source) == drawn[1]
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -268,6 +314,55 @@ def test_slices_that_do_not_exist_are_errors(spec, problem):
 def test_unknown_names_list_the_kinds(name):
     with pytest.raises(UserError, match='expected tfds:NAME, folder:PATH, npz:PATH or digits'):
         datasets.load(name, 'train')
+
+
+@pytest.mark.parametrize(
+    ('part', 'subset', 'problem'),
+    [
+        (
+            'train',
+            {'classes': (0, 3)},
+            r'config.data.classes is \(0, 3\); npz.* classes 0 to 2: give each',
+        ),
+        ('train', {'classes': (-1, 0)}, 'classes 0 to 2'),
+        ('train', {'classes': (1, 1)}, 'keep once'),
+        ('train[:1]', {'classes': (1, 2)}, r"'train\[:1\]' has no example of .*\(1, 2\): 1, 2"),
+        ('train', {'per_class': 7}, "config.data.per_class is 7; class '2' has only 6 .* 'train'"),
+        ('train', {'per_class': 7, 'classes': (1, 2)}, "class '2' has only 6"),
+    ],
+)
+def test_subsets_that_do_not_exist_are_errors(named, part, subset, problem):
+    with pytest.raises(UserError, match=problem):
+        named('npz', part, **subset)
+    if 'per_class' in subset:
+        assert len(named('npz', part, per_class=7, classes=(0, 1)).source) == 14
+
+
+@pytest.mark.parametrize('kind', ['tfds', 'npz'])
+def test_resident_and_stream_agree_on_a_subset(named, kind, monkeypatch, tmp_path):
+    import jax
+
+    from jaxcls import pipeline, sharding
+
+    monkeypatch.setenv('JAXCLS_CACHE', str(tmp_path / 'cache'))
+    mesh = sharding.make_mesh()
+    for subset in ({'classes': (2, 0)}, {'per_class': 2}, {'per_class': 3}):  # of one cache
+        split = named(kind, 'train', **subset)
+        examples = len(split.source)
+        order = functools.partial(pipeline.training_order, 0, examples, 4)
+        reader = pipeline.Reader(split)
+        feeds = pipeline.resident(reader, order, mesh), pipeline.stream(reader, order, mesh, 3)
+        batches, streamed = (
+            jax.device_get(jax.vmap(feed.fetch, (None, 0))(feed.data, feed.items(0, 3)))
+            for feed in feeds
+        )
+        jax.tree.map(np.testing.assert_array_equal, batches, streamed)
+        for row in range(4):
+            image, label = split.source[order(1)['index'][row]]
+            np.testing.assert_array_equal(
+                batches['image'][1, row], datasets.decode(image, split.shape[2])
+            )
+            assert batches['label'][1, row] == label
 
 
 # Images
@@ -568,7 +663,7 @@ def test_prepared_tfds_sets_are_read_in_both_formats(tmp_path, format):
     assert datasets.splits('tfds:shapes', str(tmp_path)) == {'train': 12, 'test': 3}
     split = datasets.load('tfds:shapes', 'all', str(tmp_path))
     assert split.class_names == ('circle', 'square', 'star') and split.shape == (6, 6, 3)
-    expected = [(encode(picture(i % 3)), i % 3) for i in range(15)]
+    expected = [(encode(picture(i)), i % 3) for i in range(15)]
     assert everything(split.source) == expected
     order = [3, 14, 0, 7, 6, 13, 3]
     assert [split.source[i] for i in order] == [expected[i] for i in order]

@@ -106,6 +106,24 @@ def test_data_describes_and_draws(tmp_path, capsys):
     assert 'split train' in capsys.readouterr().out
 
 
+def test_a_subset_is_what_every_command_speaks_of(tmp_path, image, capsys):
+    flags = ['--config.data.classes=(7,2,5)', '--config.data.per_class=20']
+    path = tmp_path / 'run'
+    assert main.main([f'--workdir={path}', *TRAIN, *flags]) == 0
+    assert '60 images 8x8x1, 3 classes' in capsys.readouterr().out
+    validation = json_of(capsys, 'evaluate', path, '--json')
+    assert validation['class_names'] == ['7', '2', '5']
+    assert validation['examples'] == np.sum(validation['confusion']) == 108
+    assert json_of(capsys, 'evaluate', path, '--json', '--split=train')['examples'] == 60
+    guesses = json_of(capsys, 'predict', path, image, '--json')['images'][0]['predictions']
+    assert {guess['class'] for guess in guesses} == {'7', '2', '5'}
+    data = json_of(capsys, 'data', '--json', f'--sheet={tmp_path}/sheet.png', *flags)
+    assert data['class_names'] == ['7', '2', '5']
+    assert data['train_examples_per_class'] == [20] * 3
+    summary = json_of(capsys, 'summary', '--json', *flags)
+    assert summary['num_classes'] == summary['layers'][-1]['output'][-1] == 3
+
+
 def test_help_answers_fast_and_names_the_commands():
     begin = time.monotonic()
     done = subprocess.run(
@@ -136,6 +154,8 @@ MISTAKES = [
     (['--config.data.name=folder:/nowhere'], '/nowhere'),
     (['--config.data.name=npz:/nowhere.npz'], '/nowhere.npz'),
     (['--config.data.train=trian'], 'trian'),
+    (['--config.data.classes=(0,10)'], 'config.data.classes is (0, 10)'),
+    (['--config.data.per_class=1000'], "class '8' has only"),
     (['--config.data.mean=(0.1,0.2)', '--config.data.std=(1,1)'], 'channel'),
     (['--config=nowhere.py'], 'No config file'),
     (['--config.warmup_epochs=100'], 'must be less than config.epochs'),
