@@ -382,7 +382,7 @@ def test_a_group_has_16_channels_or_the_next_divisor():
 )
 def test_a_norm_has_mean_0_and_variance_1_over_its_axes(norm, split, axes):
     x = 3 + 2 * images_of(4, 5, 32)
-    layer = layers.NORMS[norm](32, True, name='norm')
+    layer = layers.NORMS[norm](32, True, layers.Style(), name='norm')
     y, _ = quick_jit(layer.init_with_output)(jax.random.key(0), x)
     y = np.asarray(y).reshape(split)
     np.testing.assert_allclose(y.mean(axes), 0, atol=1e-5)

@@ -1,5 +1,6 @@
 """The classic convolutional networks: LeNet-5."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +17,7 @@ from jaxcls.models.layers import (
     head,
     style_of,
 )
+from jaxcls.models.references import Reference
 
 
 class LeNet(nn.Module):
@@ -74,3 +76,18 @@ class LeNet(nn.Module):
             features[f'hidden{i}'] = x
         features['pooled'] = x
         return head(x, self.num_classes, style, self.head_init), features
+
+
+MODELS = {
+    'lenet5': LeNet,
+    # For images as small as 8x8 (scikit-learn's digits).
+    'lenet_small': partial(
+        LeNet, filters=(32, 64), kernel_size=3, padding=(1, 1), hidden=(128,), norm='batch'
+    ),
+}
+
+_LECUN_1998 = 'LeCun 1998, doi:10.1109/5.726791'
+REFERENCES = {
+    'lenet5': Reference(_LECUN_1998, 61_706, (28, 28, 1), 10, 99.05, 'MNIST, LeCun 1998'),
+    'lenet_small': Reference(_LECUN_1998, 53_226, (8, 8, 1), 10),
+}

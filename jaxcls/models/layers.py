@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcls.errors import UserError
 from jaxcls.registry import lookup
@@ -28,6 +29,7 @@ ACTIVATIONS = {
     'gelu': functools.partial(jax.nn.gelu, approximate=False),
     'silu': jax.nn.silu,
     'hard_swish': jax.nn.hard_swish,
+    'hard_sigmoid': jax.nn.hard_sigmoid,
     'softplus': jax.nn.softplus,
     'sigmoid': jax.nn.sigmoid,
     'tanh': jnp.tanh,
@@ -57,30 +59,46 @@ def group_count(channels: int, size: int = 16) -> int:
     return channels // group
 
 
-# name -> (channels, train, **Flax fields) -> norm. Statistics are float32 whatever the dtype.
-# Batch (Ioffe & Szegedy 2015): those of the global batch when it is sharded under jit. Group (Wu &
-# He 2018): 16 channels a group, or all where there are fewer. Layer (Ba 2016): over the channels.
-NORMS = {
-    'batch': lambda _channels, train, **fields: nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, epsilon=1e-5, **fields
-    ),
-    'group': lambda channels, _train, **fields: nn.GroupNorm(
-        num_groups=group_count(channels), epsilon=1e-5, **fields
-    ),
-    'layer': lambda _channels, _train, **fields: nn.LayerNorm(epsilon=1e-6, **fields),
-    'none': lambda _channels, _train, **_fields: lambda x: x,
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """What all layers of one network share. Names are keys of the tables of this module."""
+    """What all layers of one network share. Names are keys of the tables of this module.
+
+    Attributes:
+      norm_epsilon: added to the variance.
+      norm_momentum: what a batch norm's running statistics keep at each step; 1 - PyTorch's.
+    """
 
     activation: str = 'relu'
     norm: str = 'batch'
     kernel_init: str = 'he_normal'
+    norm_epsilon: float = 1e-5
+    norm_momentum: float = 0.9
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+
+
+# name -> (channels, train, style, **Flax fields) -> norm. Statistics are float32 whatever the dtype.
+# Batch (Ioffe & Szegedy 2015): those of the global batch when it is sharded under jit; frozen_batch
+# keeps its running ones in training too, to fine-tune with. Group (Wu & He 2018): 16 channels a
+# group, or all where there are fewer. Layer (Ba 2016): over the channels.
+NORMS = {
+    'batch': lambda _channels, train, style, **fields: nn.BatchNorm(
+        use_running_average=not train,
+        momentum=style.norm_momentum,
+        epsilon=style.norm_epsilon,
+        **fields,
+    ),
+    'frozen_batch': lambda _channels, _train, style, **fields: nn.BatchNorm(
+        use_running_average=True, epsilon=style.norm_epsilon, **fields
+    ),
+    'group': lambda channels, _train, style, **fields: nn.GroupNorm(
+        num_groups=group_count(channels), epsilon=style.norm_epsilon, **fields
+    ),
+    'layer': lambda _channels, _train, style, **fields: nn.LayerNorm(
+        epsilon=style.norm_epsilon, **fields
+    ),
+    'none': lambda _channels, _train, _style, **_fields: lambda x: x,
+}
 
 
 def style_of(model: nn.Module) -> Style:
@@ -228,6 +246,28 @@ class DenseNormAct(nn.Module):
         return nn.Dropout(self.dropout)(x, deterministic=not train)
 
 
+class SqueezeExcite(nn.Module):
+    """x * gate(expand(activation(reduce(mean(x))))), [B, H, W, C] -> same (Hu 2018).
+
+    Args:
+      reduced: channels between the two 1x1 convolutions, which have biases.
+      activation, gate: keys of ACTIVATIONS.
+    """
+
+    reduced: int
+    style: Style
+    activation: str = 'relu'
+    gate: str = 'sigmoid'
+
+    @nn.compact
+    def __call__(self, x):
+        y = jnp.mean(x, axis=(1, 2), keepdims=True)
+        y = Conv(self.reduced, 1, self.style, use_bias=True, name='reduce')(y)
+        y = ACTIVATIONS[self.activation](y)
+        y = Conv(x.shape[-1], 1, self.style, use_bias=True, name='expand')(y)
+        return x * ACTIVATIONS[self.gate](y)
+
+
 # The next four functions make Flax submodules: call them inside a compact method.
 
 
@@ -240,7 +280,7 @@ def norm_act(x, style: Style, *, train: bool, name: str, act: bool = True, zero:
     fields = {'dtype': style.dtype, 'param_dtype': style.param_dtype, 'name': name}
     if zero:
         fields['scale_init'] = init.zeros
-    x = NORMS[style.norm](x.shape[-1], train, **fields)(x)
+    x = NORMS[style.norm](x.shape[-1], train, style, **fields)(x)
     return ACTIVATIONS[style.activation](x) if act else x
 
 
@@ -269,12 +309,30 @@ def drop_path_rates(last: float, depth: int) -> list[float]:
     return [last * (i + 1) / depth for i in range(depth)]
 
 
-def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:
-    """Max pooling [B, H, W, C] -> [B, H', W', C]; incomplete windows at the border are left out."""
+def max_pool(
+    x: jax.Array, window: int, stride: int, padding: int = 0, *, partial: bool = False
+) -> jax.Array:
+    """Max pooling [B, H, W, C] -> [B, H', W', C].
+
+    Incomplete windows at the lower and right border are left out, or kept if `partial` (PyTorch's
+    ceil_mode).
+    """
     check_window(x, pair(window), pair(padding), 'max pool')
-    if window == stride and padding == 0:
+    if window == stride and padding == 0 and not partial:
         return _disjoint_max_pool(x, window)
-    return nn.max_pool(x, pair(window), pair(stride), [pair(padding)] * 2)
+    ends = _overhang(x, window, stride, padding) if partial else (0, 0)
+    return nn.max_pool(x, pair(window), pair(stride), [(padding, padding + end) for end in ends])
+
+
+def _overhang(x, window: int, stride: int, padding: int) -> list[int]:
+    """How far the last window that begins on the height and width, or before, reaches over the end."""
+    counts = [math.ceil((n + 2 * padding - window) / stride) + 1 for n in x.shape[1:3]]
+    counts = [
+        count - ((count - 1) * stride >= n + padding)
+        for count, n in zip(counts, x.shape[1:3], strict=True)
+    ]
+    ends = [(count - 1) * stride + window for count in counts]
+    return [max(0, end - n - 2 * padding) for end, n in zip(ends, x.shape[1:3], strict=True)]
 
 
 def _disjoint_max_pool(x, window):
@@ -288,19 +346,44 @@ def _disjoint_max_pool(x, window):
     return functools.reduce(jnp.maximum, [x[:, :, :, i] for i in range(window)])
 
 
-def avg_pool(x: jax.Array, window: int, stride: int, *, partial: bool = False) -> jax.Array:
+def avg_pool(
+    x: jax.Array, window: int, stride: int, padding: int = 0, *, partial: bool = False
+) -> jax.Array:
     """Average pooling [B, H, W, C] -> [B, H', W', C].
 
-    `partial` keeps the incomplete windows at the lower and right border and averages what is there,
-    so that H' is that of a convolution of this stride.
+    Args:
+      padding: zeros on each side, which count in the average, as in PyTorch.
+      partial: keep the incomplete windows at the lower and right border and average what is there,
+        so that H' is that of a convolution of this stride; without padding.
     """
     if partial:
         ends = [(math.ceil(n / stride) - 1) * stride + window for n in x.shape[1:3]]
-        padding = [(0, max(0, end - n)) for end, n in zip(ends, x.shape[1:3], strict=True)]
+        pads = [(0, max(0, end - n)) for end, n in zip(ends, x.shape[1:3], strict=True)]
     else:
-        check_window(x, pair(window), (0, 0), 'average pool')
-        padding = [(0, 0), (0, 0)]
-    return nn.avg_pool(x, pair(window), pair(stride), padding, count_include_pad=False)
+        check_window(x, pair(window), pair(padding), 'average pool')
+        pads = [(padding, padding)] * 2
+    return nn.avg_pool(x, pair(window), pair(stride), pads, count_include_pad=not partial)
+
+
+def adaptive_avg_pool(x: jax.Array, size: int) -> jax.Array:
+    """Averages [B, H, W, C] -> [B, size, size, C] over windows as equal as can be, from any H and W.
+
+    Window i of n pixels is those from floor(i n / size) to ceil((i + 1) n / size), as in PyTorch's
+    AdaptiveAvgPool2d: the windows overlap or repeat pixels where n does not divide.
+    """
+    if x.shape[1:3] == (size, size):
+        return x
+    rows, columns = (_window_averages(n, size).astype(x.dtype) for n in x.shape[1:3])
+    return jnp.einsum('ih,jw,bhwc->bijc', rows, columns, x)
+
+
+def _window_averages(n: int, size: int) -> np.ndarray:
+    """float32 [size, n]: row i averages window i of n pixels."""
+    weights = np.zeros((size, n), np.float32)
+    for i in range(size):
+        window = slice(i * n // size, math.ceil((i + 1) * n / size))
+        weights[i, window] = 1 / (window.stop - window.start)
+    return weights
 
 
 def global_avg_pool(x: jax.Array) -> jax.Array:

@@ -1,14 +1,17 @@
-"""Residual networks: for CIFAR and ImageNet, ResNet-D, pre-activation, wide."""
+"""Residual networks: for CIFAR and ImageNet, ResNet-D, pre-activation, wide, ResNeXt, SE."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
+from jaxcls.errors import require
 from jaxcls.models.layers import (
     ACTIVATIONS,
     Conv,
     ConvNormAct,
+    SqueezeExcite,
     Style,
     as_input,
     avg_pool,
@@ -22,6 +25,7 @@ from jaxcls.models.layers import (
     norm_act,
     style_of,
 )
+from jaxcls.models.references import POINTWISE, Reference
 from jaxcls.registry import lookup
 
 # Stems: images -> activations with `filters` channels. With pre-activation the first block starts
@@ -56,11 +60,19 @@ def deep_stem(x, filters, style, *, train, bare):
 
 STEMS = {'small': small_stem, 'large': large_stem, 'deep': deep_stem}
 
-# Branches: (width, stride) -> ((features, kernel size, stride) of each convolution). A bottleneck
-# has its stride in the 3x3 (version 1.5), not in the first 1x1 as in He 2015.
+# Branches: (width, inner, stride, groups) -> (features, kernel size, stride, groups) of each
+# convolution. A bottleneck has its stride in the 3x3 (version 1.5), not in the first 1x1 as in He
+# 2015; its 3x3 is grouped in ResNeXt.
 BRANCHES = {
-    'basic': lambda width, stride: ((width, 3, stride), (width, 3, 1)),
-    'bottleneck': lambda width, stride: ((width, 1, 1), (width, 3, stride), (4 * width, 1, 1)),
+    'basic': lambda width, _inner, stride, groups: (
+        (width, 3, stride, groups),
+        (width, 3, 1, groups),
+    ),
+    'bottleneck': lambda width, inner, stride, groups: (
+        (inner, 1, 1, 1),
+        (inner, 3, stride, groups),
+        (4 * width, 1, 1, 1),
+    ),
 }
 
 
@@ -95,23 +107,26 @@ SHORTCUTS = {'pad': pad_shortcut, 'projection': projection_shortcut, 'pool': poo
 class Block(nn.Module):
     """x + branch(x), [B, H, W, C] -> [B, H', W', F], then the activation (He 2015).
 
-    `ResNet` documents the arguments of the same names.
+    `ResNet` documents the arguments of the same names; `inner` is the width of a bottleneck's 3x3.
     """
 
     branch: str
     width: int
+    inner: int
     stride: int
     shortcut: str
     style: Style
+    groups: int = 1
+    squeeze: int = 0
     zero_init_residual: bool = False
     dropout: float = 0.0
     drop_path: float = 0.0
 
     @nn.compact
     def __call__(self, x, *, train: bool):
-        convs = BRANCHES[self.branch](self.width, self.stride)
+        convs = BRANCHES[self.branch](self.width, self.inner, self.stride, self.groups)
         y = x
-        for i, (features, size, stride) in enumerate(convs, 1):
+        for i, (features, size, stride, groups) in enumerate(convs, 1):
             last = i == len(convs)
             if last:
                 y = nn.Dropout(self.dropout)(y, deterministic=not train)
@@ -120,11 +135,13 @@ class Block(nn.Module):
                 size,
                 self.style,
                 stride=stride,
+                groups=groups,
                 act=not last,
                 zero=last and self.zero_init_residual,
                 name=f'conv{i}',
             )
             y = layer(y, train=train)
+        y = squeeze_excite(y, self.squeeze, self.style)
         if x.shape != y.shape:
             shortcut = SHORTCUTS[self.shortcut]
             x = shortcut(x, y.shape[-1], self.stride, self.style, train=train, bare=False)
@@ -140,30 +157,44 @@ class PreactivationBlock(Block):
 
     @nn.compact
     def __call__(self, x, *, train: bool):
-        convs = BRANCHES[self.branch](self.width, self.stride)
+        convs = BRANCHES[self.branch](self.width, self.inner, self.stride, self.groups)
         y = activated = norm_act(x, self.style, train=train, name='norm1')
-        for i, (features, size, stride) in enumerate(convs, 1):
+        for i, (features, size, stride, groups) in enumerate(convs, 1):
             last = i == len(convs)
             if i > 1:
                 y = norm_act(y, self.style, train=train, name=f'norm{i}')
             if last:
                 y = nn.Dropout(self.dropout)(y, deterministic=not train)
-            kernel_init = 'zeros' if last and self.zero_init_residual else None
             layer = Conv(
-                features, size, self.style, stride=stride, kernel_init=kernel_init, name=f'conv{i}'
+                features,
+                size,
+                self.style,
+                stride=stride,
+                groups=groups,
+                kernel_init='zeros' if last and self.zero_init_residual else None,
+                name=f'conv{i}',
             )
             y = layer(y)
+        y = squeeze_excite(y, self.squeeze, self.style)
         if x.shape != y.shape:
             shortcut = SHORTCUTS[self.shortcut]
             x = shortcut(activated, y.shape[-1], self.stride, self.style, train=train, bare=True)
         return x + drop_path(y, self.drop_path, train=train)
 
 
+def squeeze_excite(x, squeeze: int, style: Style):
+    """`SqueezeExcite` at the end of a branch, or x itself where `squeeze` is 0."""
+    if not squeeze:
+        return x
+    return SqueezeExcite(max(1, x.shape[-1] // squeeze), style, name='se')(x)
+
+
 class ResNet(nn.Module):
     """A residual network: stem, stages of blocks, global average pool, linear layer.
 
     He 2015 (CIFAR and ImageNet), He 2016 (`preactivation`), He 2019 (stem 'deep', shortcut 'pool':
-    ResNet-D), Zagoruyko 2016 (`preactivation`, `width`, `dropout`: WRN).
+    ResNet-D), Zagoruyko 2016 (`preactivation`, `width`, `dropout`: WRN), Xie 2017 (`groups`,
+    `group_width`: ResNeXt), Hu 2018 (`squeeze`: SE-ResNet).
 
     Call: images [B, H, W, C] float -> logits float32 [B, num_classes], features 'stem' (after its
     pool), 'stage1', ... and 'pooled'; with pre-activation also 'final' (the last stage after norm
@@ -177,6 +208,11 @@ class ResNet(nn.Module):
       stem: 'small' (3x3, for 32x32), 'large' (7x7 and pool, for 224x224) or 'deep' (ResNet-D).
       shortcut: where the shape changes: 'pad' (option A), 'projection' (option B) or 'pool'
         (ResNet-D).
+      groups: of a bottleneck's 3x3 convolution.
+      group_width: channels of a group in stage 1, where they double at each stage as well; 0 shares
+        the stage's width among the groups.
+      squeeze: factor by which squeeze-and-excitation reduces the channels at the end of a branch; 0
+        is without.
       zero_init_residual: start every block as its shortcut (Goyal 2017).
       dropout: rate before the last convolution of every block.
       drop_path: rate of dropping the branch of the last block; from the first block on it grows
@@ -193,9 +229,14 @@ class ResNet(nn.Module):
     stem: str = 'large'
     shortcut: str = 'projection'
     preactivation: bool = False
+    groups: int = 1
+    group_width: int = 0
+    squeeze: int = 0
     zero_init_residual: bool = False
     activation: str = 'relu'
     norm: str = 'batch'
+    norm_epsilon: float = 1e-5
+    norm_momentum: float = 0.9
     dropout: float = 0.0
     drop_path: float = 0.0
     kernel_init: str = 'he_normal_fan_out'
@@ -210,7 +251,11 @@ class ResNet(nn.Module):
         lookup(STEMS, self.stem, 'stem')
         lookup(SHORTCUTS, self.shortcut, 'shortcut')
         check_sizes(stage_sizes=self.stage_sizes, stages=len(self.stage_sizes))
-        check_sizes(num_filters=self.num_filters, width=self.width)
+        check_sizes(num_filters=self.num_filters, width=self.width, groups=self.groups)
+        grouped = self.branch == 'bottleneck' or self.groups == 1
+        require(grouped, 'groups', self.groups, "1 but for branch='bottleneck'")
+        require(self.group_width >= 0, 'group_width', self.group_width, 'at least 0')
+        require(self.squeeze >= 0, 'squeeze', self.squeeze, 'at least 0')
 
     @nn.compact
     def __call__(self, images, *, train: bool = False):
@@ -221,10 +266,14 @@ class ResNet(nn.Module):
         x = STEMS[self.stem](x, self.num_filters, style, train=train, bare=bare)
         features = {'stem': x}
         for i, size in enumerate(self.stage_sizes):
+            width = self.num_filters * self.width * 2**i
             for j in range(size):
                 x = block(
                     branch=self.branch,
-                    width=self.num_filters * self.width * 2**i,
+                    width=width,
+                    inner=self.groups * self.group_width * 2**i or width,
+                    groups=self.groups,
+                    squeeze=self.squeeze,
                     stride=2 if i > 0 and j == 0 else 1,
                     shortcut=self.shortcut,
                     style=style,
@@ -238,3 +287,138 @@ class ResNet(nn.Module):
             x = features['final'] = norm_act(x, style, train=train, name='final_norm')
         x = features['pooled'] = global_avg_pool(x)
         return head(x, self.num_classes, style, self.head_init), features
+
+
+_CIFAR = {'num_filters': 16, 'stem': 'small', 'shortcut': 'pad'}
+_PREACT_CIFAR = {**_CIFAR, 'preactivation': True}
+_WRN = {'num_filters': 16, 'stem': 'small', 'preactivation': True}
+_BOTTLENECK = {'branch': 'bottleneck'}
+_D = {'stem': 'deep', 'shortcut': 'pool', 'zero_init_residual': True}
+
+MODELS = {
+    # He 2015 on CIFAR: three stages, option A.
+    'resnet20': partial(ResNet, stage_sizes=(3, 3, 3), **_CIFAR),
+    'resnet32': partial(ResNet, stage_sizes=(5, 5, 5), **_CIFAR),
+    'resnet44': partial(ResNet, stage_sizes=(7, 7, 7), **_CIFAR),
+    'resnet56': partial(ResNet, stage_sizes=(9, 9, 9), **_CIFAR),
+    'resnet110': partial(ResNet, stage_sizes=(18, 18, 18), **_CIFAR),
+    # He 2015 on ImageNet; with stem='small' for CIFAR.
+    'resnet18': partial(ResNet, stage_sizes=(2, 2, 2, 2)),
+    'resnet34': partial(ResNet, stage_sizes=(3, 4, 6, 3)),
+    'resnet50': partial(ResNet, stage_sizes=(3, 4, 6, 3), **_BOTTLENECK),
+    'resnet101': partial(ResNet, stage_sizes=(3, 4, 23, 3), **_BOTTLENECK),
+    'resnet152': partial(ResNet, stage_sizes=(3, 8, 36, 3), **_BOTTLENECK),
+    # He 2019.
+    'resnet18d': partial(ResNet, stage_sizes=(2, 2, 2, 2), **_D),
+    'resnet34d': partial(ResNet, stage_sizes=(3, 4, 6, 3), **_D),
+    'resnet50d': partial(ResNet, stage_sizes=(3, 4, 6, 3), **_D, **_BOTTLENECK),
+    'resnet101d': partial(ResNet, stage_sizes=(3, 4, 23, 3), **_D, **_BOTTLENECK),
+    # He 2016.
+    'preact_resnet18': partial(ResNet, stage_sizes=(2, 2, 2, 2), preactivation=True),
+    'preact_resnet50': partial(ResNet, stage_sizes=(3, 4, 6, 3), preactivation=True, **_BOTTLENECK),
+    'preact_resnet20': partial(ResNet, stage_sizes=(3, 3, 3), **_PREACT_CIFAR),
+    'preact_resnet110': partial(ResNet, stage_sizes=(18, 18, 18), **_PREACT_CIFAR),
+    'preact_resnet164': partial(
+        ResNet,
+        stage_sizes=(18, 18, 18),
+        **_PREACT_CIFAR | {'shortcut': 'projection'},
+        **_BOTTLENECK,
+    ),
+    # Zagoruyko 2016: wrn<depth>_<width>, depth = 6 n + 4 with n blocks a stage.
+    'wrn16_4': partial(ResNet, stage_sizes=(2, 2, 2), width=4, **_WRN),
+    'wrn28_10': partial(ResNet, stage_sizes=(4, 4, 4), width=10, **_WRN),
+    # Xie 2017: groups x channels of a group.
+    'resnext50_32x4d': partial(
+        ResNet, stage_sizes=(3, 4, 6, 3), groups=32, group_width=4, **_BOTTLENECK
+    ),
+    # Hu 2018.
+    'se_resnet18': partial(ResNet, stage_sizes=(2, 2, 2, 2), squeeze=16),
+    'se_resnet50': partial(ResNet, stage_sizes=(3, 4, 6, 3), squeeze=16, **_BOTTLENECK),
+}
+
+_HE_2015 = 'He 2015, https://arxiv.org/abs/1512.03385'
+_HE_2016 = 'He 2016, https://arxiv.org/abs/1603.05027'
+_HE_2019 = 'He 2019, https://arxiv.org/abs/1812.01187'
+_ZAGORUYKO = 'Zagoruyko 2016, https://arxiv.org/abs/1605.07146'
+_XIE = 'Xie 2017, https://arxiv.org/abs/1611.05431'
+_HU = 'Hu 2018, https://arxiv.org/abs/1709.01507'
+_TV = 'torchvision IMAGENET1K_V1'
+_ON_CIFAR = {'image_shape': (32, 32, 3), 'num_classes': 10}
+
+REFERENCES = {
+    'resnet20': Reference(_HE_2015, 269_722, **_ON_CIFAR, top1=91.25, source='CIFAR-10, He 2015'),
+    'resnet32': Reference(_HE_2015, 464_154, **_ON_CIFAR, top1=92.49, source='CIFAR-10, He 2015'),
+    'resnet44': Reference(_HE_2015, 658_586, **_ON_CIFAR, top1=92.83, source='CIFAR-10, He 2015'),
+    'resnet56': Reference(_HE_2015, 853_018, **_ON_CIFAR, top1=93.03, source='CIFAR-10, He 2015'),
+    'resnet110': Reference(
+        _HE_2015, 1_727_962, **_ON_CIFAR, top1=93.57, source='CIFAR-10, He 2015'
+    ),
+    'resnet18': Reference(_HE_2015, 11_689_512, top1=69.76, source=_TV),
+    'resnet34': Reference(_HE_2015, 21_797_672, top1=73.31, source=_TV),
+    'resnet50': Reference(_HE_2015, 25_557_032, top1=76.13, source=_TV),
+    'resnet101': Reference(_HE_2015, 44_549_160, top1=77.37, source=_TV),
+    'resnet152': Reference(_HE_2015, 60_192_808, top1=78.31, source=_TV),
+    'resnet18d': Reference(_HE_2019, 11_708_744, top1=72.26, source='timm ra2_in1k'),
+    'resnet34d': Reference(_HE_2019, 21_816_904, top1=77.11, source='timm ra2_in1k'),
+    'resnet50d': Reference(_HE_2019, 25_576_264, top1=77.16, source='He 2019'),
+    'resnet101d': Reference(_HE_2019, 44_568_392),
+    'preact_resnet18': Reference(_HE_2016, 11_687_720),
+    'preact_resnet50': Reference(_HE_2016, 25_549_352),
+    'preact_resnet20': Reference(_HE_2016, 269_722, **_ON_CIFAR),
+    'preact_resnet110': Reference(
+        _HE_2016, 1_727_962, **_ON_CIFAR, top1=93.63, source='CIFAR-10, He 2016'
+    ),
+    'preact_resnet164': Reference(
+        _HE_2016, 1_703_258, **_ON_CIFAR, top1=94.54, source='CIFAR-10, He 2016'
+    ),
+    'wrn16_4': Reference(
+        _ZAGORUYKO, 2_748_890, **_ON_CIFAR, top1=94.98, source='CIFAR-10, Zagoruyko 2016'
+    ),
+    'wrn28_10': Reference(
+        _ZAGORUYKO, 36_479_194, **_ON_CIFAR, top1=96.0, source='CIFAR-10, Zagoruyko 2016'
+    ),
+    'resnext50_32x4d': Reference(_XIE, 25_028_904, top1=77.62, source=_TV),
+    'se_resnet18': Reference(_HU, 11_778_592),
+    'se_resnet50': Reference(_HU, 28_088_024, top1=76.71, source='Hu 2018'),
+}
+
+_PLAIN_NAMES = (
+    (r'stem/conv', lambda _: 'conv1'),
+    (r'stem/norm', lambda _: 'bn1'),
+    (r'stage(\d+)_block(\d+)/conv(\d)/conv', lambda _, s, b, k: f'layer{s}.{b - 1}.conv{k}'),
+    (r'stage(\d+)_block(\d+)/conv(\d)/norm', lambda _, s, b, k: f'layer{s}.{b - 1}.bn{k}'),
+    (r'stage(\d+)_block(\d+)/shortcut/conv', lambda _, s, b: f'layer{s}.{b - 1}.downsample.0'),
+    (r'stage(\d+)_block(\d+)/shortcut/norm', lambda _, s, b: f'layer{s}.{b - 1}.downsample.1'),
+    (r'stage(\d+)_block(\d+)/se/reduce', lambda _, s, b: f'layer{s}.{b - 1}.se.fc1'),
+    (r'stage(\d+)_block(\d+)/se/expand', lambda _, s, b: f'layer{s}.{b - 1}.se.fc2'),
+    (r'head', lambda _: 'fc'),
+)
+_D_NAMES = (  # the first module of its shortcut is the pool
+    (r'stem1/conv', lambda _: 'conv1.0'),
+    (r'stem1/norm', lambda _: 'conv1.1'),
+    (r'stem2/conv', lambda _: 'conv1.3'),
+    (r'stem2/norm', lambda _: 'conv1.4'),
+    (r'stem3/conv', lambda _: 'conv1.6'),
+    (r'stem3/norm', lambda _: 'bn1'),
+    (r'stage(\d+)_block(\d+)/shortcut/conv', lambda _, s, b: f'layer{s}.{b - 1}.downsample.1'),
+    (r'stage(\d+)_block(\d+)/shortcut/norm', lambda _, s, b: f'layer{s}.{b - 1}.downsample.2'),
+)
+_PREACTIVATION_NAMES = (
+    (r'stem', lambda _: 'stem.conv'),
+    (
+        r'stage(\d+)_block(\d+)/(conv|norm)(\d)',
+        lambda _, s, b, kind, k: f'stages.{s - 1}.blocks.{b - 1}.{kind}{k}',
+    ),
+    (
+        r'stage(\d+)_block(\d+)/shortcut',
+        lambda _, s, b: f'stages.{s - 1}.blocks.{b - 1}.downsample.conv',
+    ),
+    (r'final_norm', lambda _: 'norm'),
+    (r'head', lambda _: ('head.fc', POINTWISE)),
+)
+NAMES = {
+    'torchvision': _PLAIN_NAMES,
+    'timm': _PLAIN_NAMES,
+    'timm_d': _D_NAMES + _PLAIN_NAMES,
+    'timm_v2': _PREACTIVATION_NAMES,
+}

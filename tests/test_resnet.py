@@ -1,0 +1,32 @@
+"""Residual networks against torchvision and timm."""
+
+import pytest
+
+from parity import Pair, check_evaluation, check_training
+from parity import timm_model as tm
+from parity import torchvision_model as tv
+
+SHALLOW = {'stage_sizes': (1, 1, 1, 1)}
+# timm's builders take the number of blocks.
+BLOCKS = {'layers': [1, 1, 1, 1]}
+EVALUATION = [
+    Pair('resnet18', tv('resnet18')),
+    Pair('resnet50', tm('resnet50', **BLOCKS), SHALLOW),
+    Pair('resnet18d', tm('resnet18d', **BLOCKS), SHALLOW, scheme='timm_d'),
+    Pair('resnet50d', tm('resnet50d', **BLOCKS), SHALLOW, scheme='timm_d'),
+    Pair('se_resnet50', tm('seresnet50', **BLOCKS), SHALLOW, scheme='timm'),
+    Pair('resnext50_32x4d', tm('resnext50_32x4d', **BLOCKS), SHALLOW),
+    Pair('preact_resnet18', tm('resnetv2_18', **BLOCKS), SHALLOW, scheme='timm_v2'),
+    Pair('preact_resnet50', tm('resnetv2_50', **BLOCKS), SHALLOW, scheme='timm_v2'),
+]
+TRAINING = [EVALUATION[1]._replace(size=32), EVALUATION[4]._replace(size=32)]
+
+
+@pytest.mark.parametrize('pair', EVALUATION, ids=lambda pair: pair.name)
+def test_logits_equal_the_reference(pair):
+    check_evaluation(pair)
+
+
+@pytest.mark.parametrize('pair', TRAINING, ids=lambda pair: pair.name)
+def test_a_step_of_sgd_equals_the_reference(pair):
+    check_training(pair)
