@@ -21,6 +21,13 @@ from jaxcls.errors import UserError
 
 # The sections that name a factory. Their arguments are that factory's, so they may gain fields.
 SECTIONS = ('model', 'loss', 'optimizer', 'schedule')
+# Fields of a section beside its factory's arguments.
+_BESIDE = {
+    'model': {
+        'init_from': '',  # a workdir or checkpoint, a .safetensors or .pth file, hf:OWNER/NAME
+        'new_head': False,  # start the head afresh even for the same number of classes
+    }
+}
 PRECISIONS = ('float32', 'bfloat16', 'mixed')
 PIPELINES = ('auto', 'resident', 'stream')
 PLACEMENTS = ('replicated', 'fsdp')
@@ -64,6 +71,8 @@ def get_config() -> ConfigDict:
             'l2': 0.0,
             'clip_norm': 0.0,  # 0: off, here and below
             'adaptive_clip': 0.0,
+            'freeze': '',  # regular expression; parameters whose path it is found in stay fixed
+            'layer_decay': 1.0,  # factor on the learning rate from each layer to the one before
             'accumulate_steps': 1,
             'sam_rho': 0.0,
             'ema_decay': 0.0,
@@ -165,15 +174,20 @@ def _completed(kind: str, spec: Mapping[str, Any], table: Mapping[str, Callable]
         raise UserError(
             f"config.{kind} is {spec!r}; it must be a dict with a 'name', one of: {', '.join(table)}."
         )
-    spec = dict(spec)
-    registry.bind(table, kind, **spec)
-    known = registry.defaults(table[spec['name']])
+    spec, beside = dict(spec), _BESIDE.get(kind, {})
+    registry.bind(table, kind, **arguments(kind, spec))
+    known = registry.defaults(table[spec['name']]) | beside
     for field, value in spec.items():
         if field != 'name' and field not in known:
             raise UserError(f'config.{kind}.{field} cannot be set: the data or the run decide it.')
         if field != 'name':
             spec[field] = _typed(f'{kind}.{field}', value, known[field])
     return {**known, **spec}
+
+
+def arguments(section: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A section without the fields that are not its factory's: its name and arguments."""
+    return {field: spec[field] for field in spec if field not in _BESIDE.get(section, {})}
 
 
 def _set(config: ConfigDict, path: str, text: str):
@@ -278,6 +292,7 @@ _RANGES = (
     ('l2', 0, math.inf),
     ('clip_norm', 0, math.inf),
     ('adaptive_clip', 0, math.inf),
+    ('layer_decay', _TINY, 1),
     ('accumulate_steps', 1, 2**20),
     ('sam_rho', 0, math.inf),
     ('ema_decay', 0, 1 - 1e-9),
@@ -336,6 +351,13 @@ def _check_together(config: ConfigDict):
             f'config.batch_size {config.batch_size} does not divide into config.accumulate_steps '
             f'{config.accumulate_steps} equal parts; choose a multiple of {config.accumulate_steps}.'
         )
+    try:
+        re.compile(config.freeze)
+    except re.error as error:
+        raise UserError(
+            f'config.freeze is {config.freeze!r}, not a regular expression: {error}. '
+            "For example '^(?!head)' freezes all but the head."
+        ) from None
     if config.warmup_epochs >= config.epochs:
         raise UserError(
             f'config.warmup_epochs {config.warmup_epochs} must be less than config.epochs '

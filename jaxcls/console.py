@@ -28,6 +28,16 @@ class Reporter:
         if jax.process_index() == 0:
             getattr(self, f'on_{event["kind"]}')(event)
 
+    def on_begin(self, event):
+        if 'source' in event:
+            fresh = sorted({path.rpartition('/')[0].split('/', 1)[1] for path in event['fresh']})
+            kept = f'; {", ".join(fresh)} begins afresh' if fresh else ''
+            self.print(f'Starting from {event["loaded"]} arrays of {event["source"]}{kept}.')
+        else:
+            self.print(
+                '  '.join(f'{key} {value:.4g}' for key, value in event.items() if key != 'kind')
+            )
+
     def on_start(self, event):
         run = event['run']
         experiment, config = run.experiment, run.experiment.config

@@ -4,12 +4,14 @@ The only module that reads a config's sections. Training, evaluation and every c
 build on it, so that a run means the same wherever it is opened.
 """
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -25,6 +27,7 @@ from jaxcls import (
     schedules,
     sharding,
     steps,
+    weights,
 )
 from jaxcls import config as config_lib
 from jaxcls import workdir as workdir_lib
@@ -131,9 +134,10 @@ def build(config: ConfigDict, image_shape, num_classes: int, examples: int) -> E
     dtype, param_dtype = _DTYPES[config.precision]
     data = config.data
     augment.check_normalization(data.mean, data.std, image_shape[2])
-    model = registry.bind(MODELS, 'model', **config.model)(
+    model = registry.bind(MODELS, 'model', **config_lib.arguments('model', config.model))(
         num_classes=num_classes, dtype=dtype, param_dtype=param_dtype
     )
+    layers = check_parameters(config, model, image_shape)
     total_steps = config_lib.epoch_steps(config.epochs, examples, config.batch_size)
     learning_rate = schedules.make_schedule(
         **config.schedule,
@@ -148,6 +152,9 @@ def build(config: ConfigDict, image_shape, num_classes: int, examples: int) -> E
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
         adaptive_clip=config.adaptive_clip,
+        freeze=config.freeze,
+        layer_decay=config.layer_decay,
+        layers=layers,
     )
     loss = losses.make_loss(**config.loss)
     gradients = steps.plain_gradients
@@ -159,7 +166,7 @@ def build(config: ConfigDict, image_shape, num_classes: int, examples: int) -> E
         steps.make_prepare(
             augment.make_augment(config.augment), data.mean, data.std, num_classes, dtype
         ),
-        steps.make_objective(model, loss, config.l1, config.l2),
+        steps.make_objective(model, loss, config.l1, config.l2, config.freeze),
         gradients,
         tx,
         config.ema_decay,
@@ -171,15 +178,45 @@ def build(config: ConfigDict, image_shape, num_classes: int, examples: int) -> E
     )  # fmt: skip
 
 
+def check_parameters(config: ConfigDict, model: nn.Module, image_shape) -> list[str]:
+    """The model's layers, in order, if the config addresses some of them; else an empty list.
+
+    Raises:
+      UserError: `freeze` is found in no parameter, or in all of them.
+    """
+    if not config.freeze and config.layer_decay == 1:
+        return []
+    order = []
+
+    def record(next_fun, args, kwargs, context):
+        path = context.module.path
+        if path and path[0] not in order:
+            order.append(path[0])
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        shapes = jax.eval_shape(lambda: _variables(model, image_shape, jax.random.key(0)))
+    params = shapes['params']
+    frozen = jax.tree.leaves(optimizers.frozen_mask(params, config.freeze))
+    if config.freeze and not any(frozen) or all(frozen):
+        paths = [optimizers.param_path(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
+        raise UserError(
+            f'config.freeze={config.freeze!r} is found in {"all" if all(frozen) else "none"} of the '
+            f'{len(paths)} parameters: {", ".join(paths[:3])}, ..., {paths[-1]}. For example '
+            "'^(?!head)' freezes all but the head."
+        )
+    return [name for name in order if name in params]
+
+
+def _variables(model: nn.Module, image_shape, key: jax.Array) -> dict[str, Any]:
+    return model.init(key, jnp.zeros((1, *image_shape), model.dtype), train=False)
+
+
 def init(experiment: Experiment, seed: jax.Array | int) -> steps.TrainState:
     """A fresh state; pure, to be compiled or only traced."""
-    return steps.init_state(
-        experiment.model,
-        experiment.tx,
-        jax.random.key(seed),
-        experiment.image_shape,
-        experiment.config.ema_decay,
-    )
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    variables = _variables(experiment.model, experiment.image_shape, init_key)
+    return steps.init_state(variables, experiment.tx, run_key, experiment.config.ema_decay)
 
 
 def abstract_state(experiment: Experiment, mesh: Mesh) -> steps.TrainState:
@@ -193,17 +230,113 @@ def abstract_state(experiment: Experiment, mesh: Mesh) -> steps.TrainState:
     )
 
 
-def initial_state(experiment: Experiment, abstract: steps.TrainState) -> steps.TrainState:
-    """The state of step 0, placed on the devices."""
+def initial_state(
+    experiment: Experiment,
+    abstract: steps.TrainState,
+    start: Callable[[Any], Any] | None = None,
+) -> steps.TrainState:
+    """The state of step 0, placed on the devices.
+
+    Args:
+      abstract: of `abstract_state`.
+      start: `variables -> variables`, on the host: trained weights in place of the fresh ones.
+    """
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    seed, ema_decay = experiment.config.seed, experiment.config.ema_decay
     # It runs once, and on CPU most of it is compiling random numbers, which optimised takes seconds.
     options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
-    fresh = jax.jit(
-        lambda: init(experiment, experiment.config.seed),
+    if start is None:
+        fresh = jax.jit(
+            lambda: init(experiment, seed), out_shardings=placed, compiler_options=options
+        )
+        return fresh()
+    state = jax.jit(lambda: init(experiment, seed), compiler_options=options)()
+    key = jax.random.key_data(state.key)
+    variables = start(jax.device_get({'params': state.params, 'batch_stats': state.batch_stats}))
+    begin = jax.jit(
+        lambda variables, key: steps.init_state(
+            variables, experiment.tx, jax.random.wrap_key_data(key), ema_decay
+        ),
         out_shardings=placed,
         compiler_options=options,
     )
-    return fresh()
+    return begin(variables, np.asarray(key))
+
+
+def make_start(
+    experiment: Experiment,
+    abstract: steps.TrainState,
+    reader: pipeline.Reader,
+    report: Callable[[dict[str, Any]], None],
+) -> Callable[[Any], Any] | None:
+    """`start` of `initial_state`: from `config.model.init_from`, or from the data; None for neither.
+
+    Weights are found and checked now, before anything is allocated or compiled. A model that starts
+    from data has `start_examples`, how many images it wants (0: all), and `start_from_data(key,
+    params, images, report) -> params`, on images as it sees them.
+
+    Args:
+      report: is told what happens, in dicts.
+
+    Raises:
+      UserError: no weights there, or they do not fit.
+    """
+    config, model = experiment.config, experiment.model
+    if config.model.init_from:
+        return _start_from_weights(experiment, abstract, report)
+    if not hasattr(model, 'start_from_data'):
+        return None
+
+    def start(variables):
+        images = _training_images(config, reader, model.start_examples)
+        images = augment.normalize(augment.to_float(images), config.data.mean, config.data.std)
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        params = model.start_from_data(key, variables['params'], images, report)
+        return {**variables, 'params': params}
+
+    return start
+
+
+def _training_images(config: ConfigDict, reader: pipeline.Reader, count: int) -> np.ndarray:
+    """`count` images uint8 [N, H, W, C], at random, or (0) all of them."""
+    examples = len(reader.split.source)
+    # A data set's own order may have one class after the other.
+    order = pipeline.permutation(config.seed, 0, examples)[: count or examples]
+    if pipeline.choose(config.data.pipeline, reader, train=True) == 'resident':
+        return pipeline.load_arrays(reader)[0][np.sort(order)]
+    return np.stack([reader(int(i))[0] for i in order])
+
+
+def _start_from_weights(experiment, abstract, report) -> Callable[[Any], Any]:
+    source, new_head = experiment.config.model.init_from, experiment.config.model.new_head
+    like = {'params': abstract.params, 'batch_stats': abstract.batch_stats}
+    state = _run_weights(source, experiment.config) or weights.read(source)
+    found = weights.convert(experiment.model, weights.flatten(like), state, new_head)
+    report({'loaded': len(found.arrays), 'source': source, 'fresh': found.fresh})
+
+    def start(variables):
+        return weights.unflatten({**weights.flatten(variables), **found.arrays})
+
+    return start
+
+
+def _run_weights(source: str, config: ConfigDict) -> weights.State | None:
+    """The weights of a workdir, or of one of its checkpoints; None where the path is neither."""
+    path, checkpoint = Path(source), 'latest'
+    if path.parent.name == 'checkpoints':
+        path, checkpoint = path.parent.parent, path.name
+    if not (path / 'config.json').is_file():
+        return None
+    run = open_run(path, checkpoint)
+    theirs = run.experiment.config.data
+    if (theirs.mean, theirs.std) != (config.data.mean, config.data.std):
+        warnings.warn(
+            f'{source} was trained on images of mean {theirs.mean} and std {theirs.std}, and '
+            f'config.data has {config.data.mean} and {config.data.std}.',
+            stacklevel=2,
+        )
+    flat = weights.flatten(jax.device_get(run.variables))
+    return {k: weights.Tensor(a.shape, a.dtype, lambda a=a: a) for k, a in flat.items()}
 
 
 def abstract_checkpoint(experiment: Experiment, mesh: Mesh) -> tuple[steps.TrainState, Any]:

@@ -1,6 +1,9 @@
 """A look at a config before it trains: the size of its network and the samples of its data."""
 
 import collections
+import fnmatch
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from ml_collections import ConfigDict
 from jaxcls import augment, datasets, pipeline, report, steps
 from jaxcls import experiment as experiment_lib
 from jaxcls.errors import UserError
+from jaxcls.models import MODELS, REFERENCES, make_model
+from jaxcls.registry import did_you_mean
 from jaxcls.sources import read_labels
 
 
@@ -135,6 +140,79 @@ def summary_text(summary: dict[str, Any]) -> str:
         f'memory of the state   {summary["state_bytes"] / 2**20:,.1f} MiB\n'
         f'memory of activations {summary["activation_bytes"] / 2**20:,.1f} MiB at batch '
         f'{summary["batch_size"]}'
+    )
+
+
+MODELS_HEADER = f'{"model":<22} {"parameters":>12} {"MFLOPs":>9} {"image":>11}  {"top-1":>6}  reported by; paper'
+
+
+def describe_models(pattern: str = '*') -> Iterator[dict[str, Any]]:
+    """What is known of each network whose name fits the pattern, in the order of MODELS.
+
+    Yields:
+      `model`, `parameters`, `flops` (of one image forward: multiplications and additions of
+      convolutions and matrix products), `image_shape`, `num_classes`, `top1` in per cent (0: none
+      known), `source` and `paper`; sizes are those of the published setting.
+
+    Raises:
+      UserError: no name fits.
+    """
+    names = fnmatch.filter(MODELS, pattern)
+    if not names:
+        raise UserError(f'No model is called {pattern!r}. {did_you_mean(pattern, MODELS)}')
+    for name in names:
+        known = REFERENCES[name]
+        model = make_model(name, num_classes=known.num_classes)
+        image = jax.ShapeDtypeStruct((1, *known.image_shape), jnp.float32)
+        shapes = jax.eval_shape(
+            lambda image, model=model: model.init(jax.random.key(0), image, train=False), image
+        )
+        yield {
+            'model': name,
+            'parameters': sum(leaf.size for leaf in jax.tree.leaves(shapes['params'])),
+            'flops': count_flops(functools.partial(model.apply, train=False), shapes, image),
+            'image_shape': list(known.image_shape),
+            'num_classes': known.num_classes,
+            'top1': known.top1,
+            'source': known.source,
+            'paper': known.paper,
+        }
+
+
+def count_flops(function, *args) -> int:
+    """Multiplications and additions in the convolutions and matrix products of a traced function."""
+
+    def count(jaxpr) -> int:
+        total = 0
+        for equation in jaxpr.eqns:
+            total += _flops(equation)
+            for inner in jax.core.jaxprs_in_params(equation.params):
+                total += count(inner)
+        return total
+
+    return count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _flops(equation) -> int:
+    name, output = equation.primitive.name, equation.outvars[0].aval
+    if name == 'conv_general_dilated':
+        kernel = equation.invars[1].aval.shape
+        features = equation.params['dimension_numbers'].rhs_spec[0]
+        return 2 * output.size * (int(np.prod(kernel)) // kernel[features])
+    if name == 'dot_general':
+        (contracted, _), _ = equation.params['dimension_numbers']
+        shape = equation.invars[0].aval.shape
+        return 2 * output.size * int(np.prod([shape[axis] for axis in contracted]))
+    return 0
+
+
+def model_line(row: dict[str, Any]) -> str:
+    """A line under MODELS_HEADER."""
+    top1 = f'{row["top1"]:.2f}%' if row['top1'] else ''
+    source = f'{row["source"]}; ' if row['source'] else ''
+    return (
+        f'{row["model"]:<22} {row["parameters"]:>12,} {row["flops"] / 1e6:>9,.1f} '
+        f'{"x".join(map(str, row["image_shape"])):>11}  {top1:>6}  {source}{row["paper"]}'
     )
 
 

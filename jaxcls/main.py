@@ -66,7 +66,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         command.set_defaults(run=run, command=name)
     args = parser.parse_args(argv)
     args.overrides = overrides
-    if overrides and not hasattr(args, 'config'):
+    if overrides and not hasattr(args, 'config') and args.command != 'few-shot':
         parser.error(f'{args.command} takes its config from the run; leave out --config.*')
     return args
 
@@ -136,6 +136,27 @@ def _data_arguments(parser):
     parser.add_argument(
         '--samples', type=int, default=32, help='how many images are on it; default 32'
     )
+    _add_json(parser)
+
+
+def _few_shot_arguments(parser):
+    _add_run(parser)
+    parser.add_argument('--shots', type=int, nargs='+', default=[1, 5, 10, 25], help='a class')
+    parser.add_argument('--seeds', type=int, default=5, help='draws of examples; default 5')
+    _add_json(parser)
+
+
+def _export_arguments(parser):
+    _add_run(parser)
+    parser.add_argument('file', type=Path, help='to write, such as model.safetensors')
+    parser.add_argument(
+        '--names', default='jaxcls', help="'jaxcls' (default), 'timm' or 'torchvision'"
+    )
+    _add_json(parser)
+
+
+def _models_arguments(parser):
+    parser.add_argument('pattern', nargs='?', default='*', help="such as 'resnet*'; default: all")
     _add_json(parser)
 
 
@@ -269,6 +290,51 @@ def _run_data(args) -> int:
     return 0
 
 
+def _run_few_shot(args) -> int:
+    _start()
+    from jaxcls import transfer
+
+    result = transfer.few_shot(
+        args.workdir, args.shots, args.seeds, args.overrides, args.checkpoint
+    )
+    if args.json:
+        _print_json(result)
+        return 0
+    print(f'{args.workdir} on {result["data"]}, {len(result["classes"])} classes: ridge regression')
+    for row in result['shots']:
+        spread = '' if row['half_width'] is None else f' +- {row["half_width"]:.2%} (95%)'
+        print(f'  {row["per_class"]:>6} examples a class: accuracy {row["top1"]:.2%}{spread}')
+    return 0
+
+
+def _run_export(args) -> int:
+    _start()
+    from jaxcls import transfer
+
+    result = transfer.export_weights(args.workdir, args.file, args.names, args.checkpoint)
+    if args.json:
+        _print_json(result)
+    else:
+        print(
+            f'{result["path"]}: {result["arrays"]} arrays of {result["model"]}, '
+            f'{result["parameters"]:,} parameters, in the names of {result["scheme"]}'
+        )
+    return 0
+
+
+def _run_models(args) -> int:
+    from jaxcls import inspection
+
+    rows = inspection.describe_models(args.pattern)
+    if args.json:
+        _print_json({'models': list(rows)})
+        return 0
+    print(inspection.MODELS_HEADER)
+    for row in rows:
+        print(inspection.model_line(row), flush=True)
+    return 0
+
+
 _COMMANDS = {
     'train': (_train_arguments, _run_train, 'train a config, or go on with a run'),
     'evaluate': (_evaluate_arguments, _run_evaluate, 'metrics of a run on a split'),
@@ -278,6 +344,17 @@ _COMMANDS = {
         _run_summary,
         'layers, parameters, FLOPs and memory of a config',
     ),
+    'models': (
+        _models_arguments,
+        _run_models,
+        'the networks: size, FLOPs, published accuracy, paper',
+    ),
+    'few-shot': (
+        _few_shot_arguments,
+        _run_few_shot,
+        "accuracy of a linear classifier on a run's features",
+    ),
+    'export-weights': (_export_arguments, _run_export, "a run's weights as safetensors"),
     'data': (_data_arguments, _run_data, 'what a data set holds, and a sheet of augmented samples'),
 }
 

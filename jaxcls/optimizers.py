@@ -8,7 +8,8 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,20 +18,29 @@ import optax
 from optax import contrib
 
 from jaxcls import registry
-from jaxcls.errors import require
+from jaxcls.errors import UserError, require
 
 Params = Any
 Schedule = Callable[[jax.Array], jax.Array]
 
 
+# Leaves of several axes that are no kernels: a ViT's, and a convolution that is set from the data.
+_NO_KERNELS = ('position_embedding', 'class_token', 'whitening')
+
+
 def decay_mask(params: Params) -> Params:
-    """True for kernels (2 axes or more), False for biases and norm scales: a tree like `params`."""
-    return jax.tree.map(lambda p: p.ndim >= 2, params)
+    """True for kernels, False for biases, norm scales and embeddings: a tree like `params`."""
+
+    def is_kernel(path, p):
+        return p.ndim >= 2 and getattr(path[-1], 'key', None) not in _NO_KERNELS
+
+    return jax.tree_util.tree_map_with_path(is_kernel, params)
 
 
 def penalty(params: Params, l1: float, l2: float) -> jax.Array:
     """`l1 * sum |w| + l2 / 2 * sum w^2` over the leaves of `decay_mask`: float32 `[]`."""
-    kernels = [p.astype(jnp.float32) for p in jax.tree.leaves(params) if p.ndim >= 2]
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(decay_mask(params)), strict=True)
+    kernels = [p.astype(jnp.float32) for p, is_kernel in pairs if is_kernel]
     total = jnp.float32(0.0)
     for weight, norm in ((l1, jnp.abs), (l2 / 2, jnp.square)):
         if weight:
@@ -57,6 +67,36 @@ def evaluation_params(opt_state: Any, params: Params) -> Params:
     for node in filter(averages, jax.tree.leaves(opt_state, is_leaf=averages)):
         return contrib.schedule_free_eval_params(node, params)
     return params
+
+
+def param_path(path: tuple) -> str:
+    """A leaf's place in the tree of parameters as text: 'stage1_block1/conv1/conv/kernel'."""
+    return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def frozen_mask(params: Params, freeze: str) -> Params:
+    """True for the leaves in whose path (`param_path`) the regular expression is found; '' is none."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: bool(freeze and re.search(freeze, param_path(path))), params
+    )
+
+
+def layer_scales(params: Params, layers: Sequence[str], layer_decay: float) -> Params:
+    """Factors on the learning rate of each leaf: 1 in the last layer, `layer_decay` less each before.
+
+    Howard & Ruder 2018, Clark 2020 (section 3.2 of https://arxiv.org/abs/2003.10555).
+
+    Args:
+      layers: the top-level modules in the order of the forward pass. What is in none of them, such
+        as a position embedding, goes with the first.
+    """
+    depth = {name: i for i, name in enumerate(layers)}
+    last = len(layers) - 1
+
+    def scale(path, _):
+        return layer_decay ** (last - depth.get(param_path(path).split('/')[0], 0))
+
+    return jax.tree_util.tree_map_with_path(scale, params)
 
 
 # An entry of OPTIMIZERS is `build(learning_rate, weight_decay, **arguments)`, where `learning_rate`
@@ -273,6 +313,9 @@ def make_optimizer(
     weight_decay: float = 0.0,
     clip_norm: float = 0.0,
     adaptive_clip: float = 0.0,
+    freeze: str = '',
+    layer_decay: float = 1.0,
+    layers: Sequence[str] = (),
     **kwargs,
 ) -> optax.GradientTransformationExtraArgs:
     """Clipping, the optimiser by name, decay. Its state is arrays, none shared with the parameters.
@@ -288,6 +331,9 @@ def make_optimizer(
       clip_norm: the largest norm of the whole gradient; 0 is off.
       adaptive_clip: the largest norm of a unit's gradient, as a part of the norm of its weights
         (Brock et al., 2021, https://arxiv.org/abs/2102.06171); 0 is off.
+      freeze: regular expression; parameters whose path it is found in stay as they are, and have no
+        state (`frozen_mask`).
+      layer_decay, layers: see `layer_scales`; 1 is off.
 
     Raises:
       UserError: unknown name or argument, or a value out of its range.
@@ -301,9 +347,27 @@ def make_optimizer(
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
     adaptive = optax.adaptive_grad_clip(adaptive_clip) if adaptive_clip else optax.identity()
     tx = optax.chain(clip, adaptive, build(schedule, weight_decay))
+    if (freeze or layer_decay != 1) and name.startswith('schedule_free'):
+        raise UserError(
+            f'optimizer {name!r} moves all parameters together: it goes with neither freeze nor '
+            "layer_decay. Take 'adamw' or 'sgd'."
+        )
+    if layer_decay != 1:
+        tx = optax.chain(tx, _scale_layers(layers, layer_decay))
+    if freeze:
+        parts = {False: tx, True: optax.set_to_zero()}
+        tx = optax.partition(parts, lambda params: frozen_mask(params, freeze))
     return optax.GradientTransformationExtraArgs(
         lambda p: jax.tree.map(_own, tx.init(p)), tx.update
     )
+
+
+def _scale_layers(layers: Sequence[str], layer_decay: float) -> optax.GradientTransformation:
+    def update(updates, _params):
+        scales = layer_scales(updates, layers, layer_decay)
+        return jax.tree.map(lambda u, scale: u * jnp.asarray(scale, u.dtype), updates, scales)
+
+    return optax.stateless(update)
 
 
 def _own(leaf: Any) -> jax.Array:

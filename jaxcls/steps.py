@@ -42,15 +42,9 @@ class TrainState(struct.PyTreeNode):
 
 
 def init_state(
-    model: nn.Module,
-    tx: optax.GradientTransformation,
-    key: jax.Array,
-    image_shape,
-    ema_decay: float,
+    variables: Any, tx: optax.GradientTransformation, key: jax.Array, ema_decay: float
 ) -> TrainState:
-    """A fresh state for images of shape (H, W, C)."""
-    init_key, run_key = jax.random.split(key)
-    variables = model.init(init_key, jnp.zeros((1, *image_shape), model.dtype), train=False)
+    """The state of step 0 of a model's variables; `key` is the run's."""
     params = variables['params']
     return TrainState(
         step=jnp.int32(0),
@@ -59,7 +53,7 @@ def init_state(
         opt_state=tx.init(_wide(params)),
         ema=jax.tree.map(jnp.copy, _wide(params)) if ema_decay else {},
         bad_steps=jnp.int32(0),
-        key=run_key,
+        key=key,
     )
 
 
@@ -88,15 +82,23 @@ def make_prepare(
     return prepare
 
 
-def make_objective(model: nn.Module, loss: Callable, l1: float = 0.0, l2: float = 0.0) -> Callable:
+def make_objective(
+    model: nn.Module, loss: Callable, l1: float = 0.0, l2: float = 0.0, freeze: str = ''
+) -> Callable:
     """Seam 2. `objective(params, batch_stats, batch, key) -> (loss, aux)`.
 
-    The loss is the mean over the examples of the mask, plus penalties. `aux` holds the new
-    `batch_stats` and the masked `sums` to log.
+    The loss is the mean over the examples of the mask, plus penalties, plus `model.aux_weight` times
+    that of each auxiliary head of a model that has them (features 'aux_logits...'). `aux` holds the
+    new `batch_stats` and the masked `sums` to log, which are of the main head alone. Parameters that
+    `freeze` names (`optimizers.frozen_mask`) have no gradient, and cost none.
     """
 
     def objective(params, batch_stats, batch, key):
-        (logits, _), updates = model.apply(
+        if freeze:
+            frozen = optimizers.frozen_mask(params, freeze)
+            stop = jax.lax.stop_gradient
+            params = jax.tree.map(lambda p, fixed: stop(p) if fixed else p, params, frozen)
+        (logits, features), updates = model.apply(
             {'params': params, 'batch_stats': batch_stats},
             batch['image'],
             train=True,
@@ -105,6 +107,9 @@ def make_objective(model: nn.Module, loss: Callable, l1: float = 0.0, l2: float 
         )
         values = loss(logits, batch['target'])
         sums = metrics.batch_sums(logits, batch['label'], values, batch['mask'])
+        for name, aux_logits in features.items():
+            if name.startswith('aux_logits'):
+                values = values + model.aux_weight * loss(aux_logits, batch['target'])
         mean = losses.masked_mean(values, batch['mask'])
         if l1 or l2:
             mean = mean + optimizers.penalty(params, l1, l2)
@@ -244,15 +249,20 @@ def make_run_steps(train_step: Callable, fetch: Callable) -> Callable:
     return run_steps
 
 
+def make_forward(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Callable:
+    """`forward(variables, image) -> (logits, features)` of uint8 [B, H, W, C], in evaluation mode."""
+
+    def forward(variables, image):
+        image = augment.normalize(augment.to_float(image), mean, std).astype(model.dtype)
+        return model.apply(variables, image, train=False)
+
+    return forward
+
+
 def make_predict(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Callable:
     """`predict(variables, image) -> logits`: uint8 [B, H, W, C] to float32 [B, K], in evaluation mode."""
-
-    def predict(variables, image):
-        image = augment.normalize(augment.to_float(image), mean, std).astype(model.dtype)
-        logits, _ = model.apply(variables, image, train=False)
-        return logits
-
-    return predict
+    forward = make_forward(model, mean, std)
+    return lambda variables, image: forward(variables, image)[0]
 
 
 def evaluation_variables(state: TrainState) -> dict[str, Any]:

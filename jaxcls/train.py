@@ -77,8 +77,8 @@ def fit(config: ConfigDict, workdir: str | Path, on_event: OnEvent = lambda even
     Args:
       config: as from `jaxcls.config.get_config()`.
       workdir: of this run alone; made where it is missing.
-      on_event: called with each event, a dict whose `kind` is 'start', 'compiled', 'progress',
-        'train', 'validation' or 'checkpoint'.
+      on_event: called with each event, a dict whose `kind` is 'begin' (from trained
+        weights or from data), 'start', 'compiled', 'progress', 'train', 'validation' or 'checkpoint'.
 
     Raises:
       UserError: a mistake in the config, the data or the directory, found before anything is
@@ -99,6 +99,11 @@ def fit(config: ConfigDict, workdir: str | Path, on_event: OnEvent = lambda even
         config, reader.shape, len(train.class_names), len(train.source)
     )
     like = experiment_lib.abstract_checkpoint(experiment, mesh)  # traces the whole step
+    start = None
+    if not workdir_lib.has_checkpoints(workdir):
+        start = experiment_lib.make_start(
+            experiment, like[0], reader, lambda event: on_event({'kind': 'begin', **event})
+        )
     with contextlib.ExitStack() as stack:
 
         def claim():
@@ -125,7 +130,7 @@ def fit(config: ConfigDict, workdir: str | Path, on_event: OnEvent = lambda even
             writer=_tensorboard(workdir, restored, stack),
             on_event=on_event,
         )
-        return _finish(run, *_train(run, restored, history))
+        return _finish(run, *_train(run, restored, start, history))
 
 
 def _describe_data(config, reader: pipeline.Reader, validation) -> dict[str, Any]:
@@ -255,7 +260,7 @@ class _Signals:
         return (self.name or 'SIGTERM') if anyone else ''
 
 
-def _train(run: _Run, restored, history):
+def _train(run: _Run, restored, start, history):
     """From the restored or the first step to the last, an early stop or a signal.
 
     Returns:
@@ -266,7 +271,7 @@ def _train(run: _Run, restored, history):
     state, totals = (
         restored.tree
         if restored
-        else (experiment_lib.initial_state(experiment, run.like[0]), zeros())
+        else (experiment_lib.initial_state(experiment, run.like[0], start), zeros())
     )
     step = restored.step if restored else 0
     run.on_event({'kind': 'start', 'step': step, 'run': run, 'state': state})

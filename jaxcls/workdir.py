@@ -98,7 +98,14 @@ def check(workdir: Path, config: ConfigDict):
 
 
 def _has_begun(workdir: Path) -> bool:
-    return any((workdir / name).exists() for name in ('metrics.jsonl', 'checkpoints'))
+    """Whether there is anything to lose: a record or a checkpoint."""
+    log = workdir / 'metrics.jsonl'
+    return (log.exists() and log.stat().st_size > 0) or has_checkpoints(workdir)
+
+
+def has_checkpoints(workdir: Path) -> bool:
+    """Whether a run in the directory has saved a step."""
+    return any(workdir.glob('checkpoints/[0-9]*'))
 
 
 def _is_foreign(path: Path) -> bool:

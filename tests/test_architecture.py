@@ -11,7 +11,7 @@ FLOORS = [
     | {'prepare', 'loaders', 'datasets', 'pipeline', 'sharding', 'workdir', 'models'},
     {'steps', 'weights'},
     {'experiment'},
-    {'evaluation', 'inspection', 'report', 'serve'},
+    {'evaluation', 'inspection', 'report', 'serve', 'transfer'},
     {'train'},
     {'console', 'main'},
 ]

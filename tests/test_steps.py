@@ -21,7 +21,9 @@ def make(gradients=steps.plain_gradients, optimizer='sgd', ema_decay=0.0, model=
     prepare = steps.make_prepare(augment.make_augment([]), (0.5,), (0.5,), CLASSES, jnp.float32)
     objective = steps.make_objective(model, losses.make_loss(name='cross_entropy'))
     step = steps.make_train_step(prepare, objective, gradients, tx, ema_decay)
-    state = steps.init_state(model, tx, jax.random.key(0), SHAPE, ema_decay)
+    key, run_key = jax.random.split(jax.random.key(0))
+    variables = model.init(key, jnp.zeros((1, *SHAPE)))
+    state = steps.init_state(variables, tx, run_key, ema_decay)
     return jax.jit(step), state, model
 
 

@@ -1,0 +1,171 @@
+"""What a trained network is worth elsewhere: its features, few-shot classification, its weights.
+
+Fine-tuning needs nothing of this: it is training with `config.model.init_from`.
+"""
+
+import functools
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxcls import config as config_lib
+from jaxcls import datasets, metrics, pipeline, steps, weights
+from jaxcls import experiment as experiment_lib
+from jaxcls.errors import UserError
+
+
+def extract(run: experiment_lib.Run, config: ConfigDict, split: datasets.Split):
+    """The features that a run's last layer reads, of every example of a split.
+
+    Args:
+      config: says how the images are read and normalised.
+
+    Returns:
+      'pooled' float32 [N, D], and labels int32 [N], in the order of the split.
+    """
+    examples = len(split.source)
+    batch_size = -(-min(config.batch_size, examples) // run.mesh.size) * run.mesh.size
+    count = -(-examples // batch_size)
+    order = functools.partial(pipeline.evaluation_order, examples, batch_size)
+    reader = experiment_lib.make_reader(config, split, train=False)
+    if reader.shape != run.experiment.image_shape:
+        raise UserError(
+            f'The images are {list(reader.shape)}, and the run was trained on '
+            f"{list(run.experiment.image_shape)}: set --config.data.image_size to the run's size."
+        )
+    feed = experiment_lib.make_feed(config, reader, order, run.mesh, count, train=False)
+    forward = steps.make_forward(run.experiment.model, config.data.mean, config.data.std)
+
+    @jax.jit
+    def pooled(variables, data, items):
+        batch = feed.fetch(data, jax.tree.map(lambda x: x[0], items))
+        features = forward(variables, batch['image'])[1]['pooled']
+        return features.astype(np.float32), batch['label'], batch['mask']
+
+    parts = [
+        jax.device_get(pooled(run.variables, feed.data, feed.items(i, 1))) for i in range(count)
+    ]
+    features, labels, mask = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return features[mask], labels[mask]
+
+
+def ridge_accuracy(train, test) -> float:
+    """Test accuracy of ridge regression on one-hot labels, its penalty chosen by leave-one-out.
+
+    Args:
+      train, test: features [N, D] and labels [N].
+    """
+    from sklearn.linear_model import RidgeClassifierCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    classifier = make_pipeline(StandardScaler(), RidgeClassifierCV(np.logspace(-2, 5, 15)))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of features that are constant in few examples
+        return float(classifier.fit(*train).score(*test))
+
+
+def few_shot(
+    workdir: str | Path,
+    shots: Sequence[int],
+    seeds: int = 5,
+    overrides: Sequence[tuple[str, str]] = (),
+    checkpoint: str = 'latest',
+) -> dict[str, Any]:
+    """How well a linear classifier on a run's features does with few examples of each class.
+
+    Every seed draws other examples; the network is not trained. Many papers on representations report
+    this "few-shot ridge" number (Kolesnikov 2020, https://arxiv.org/abs/1912.11370, is one).
+
+    Args:
+      shots: examples of each class.
+      seeds: number of draws.
+      overrides: of the run's config, to take other data or classes: `('data.classes', '(5, 6, 7)')`.
+
+    Returns:
+      `data`, `classes`, `validation` (its name), and `shots`: for each of them `per_class`, `top1` (the
+      mean), `half_width` (of its 95% interval over the draws; None of one draw) and `draws`.
+
+    Raises:
+      UserError: no run, other data than the overrides name, or a class with too few examples.
+    """
+    if seeds < 1 or not shots or min(shots) < 1:
+        raise UserError(
+            f'--shots {" ".join(map(str, shots))} and --seeds {seeds}: both must be at least 1.'
+        )
+    run = experiment_lib.open_run(workdir, checkpoint)
+    config = ConfigDict(run.experiment.config.to_dict())
+    config_lib.apply_overrides(config, overrides, experiment_lib.TABLES)
+    config = experiment_lib.resolve(config)
+    validation = experiment_lib.load_split(config, config.data.validation)
+    test = extract(run, config, validation)
+
+    def draw(per_class, seed):
+        changed = ConfigDict(config.to_dict())
+        changed.seed, changed.data.per_class = config.seed + seed, per_class
+        train = experiment_lib.load_split(changed, changed.data.train)
+        return ridge_accuracy(extract(run, changed, train), test)
+
+    results = []
+    for per_class in shots:
+        draws = [draw(per_class, seed) for seed in range(seeds)]
+        half_width = metrics.mean_interval(draws)[1] if seeds > 1 else None
+        results.append(
+            {
+                'per_class': per_class,
+                'top1': float(np.mean(draws)),
+                'half_width': half_width,
+                'draws': draws,
+            }
+        )
+    return {
+        'data': config.data.name,
+        'classes': list(validation.class_names),
+        'validation': config.data.validation,
+        'shots': results,
+    }
+
+
+def export_weights(
+    workdir: str | Path, path: str | Path, scheme: str = 'jaxcls', checkpoint: str = 'latest'
+) -> dict[str, Any]:
+    """Writes a run's weights as safetensors: ours, or with the names and layouts of another library.
+
+    They are those that the run is evaluated with (the moving average where there is one). Images have
+    to be normalised as in the run: the file's metadata has `mean`, `std`, and the class names.
+
+    Args:
+      scheme: 'jaxcls', 'timm' or 'torchvision'.
+
+    Returns:
+      `path`, `arrays` (their number), `parameters`, `model`, `scheme`.
+
+    Raises:
+      UserError: no run, a file of that name, or a network that the other library does not have.
+    """
+    if Path(path).suffix != '.safetensors':
+        raise UserError(f'{path} must end in .safetensors, the format that is written.')
+    run = experiment_lib.open_run(workdir, checkpoint)
+    config = run.experiment.config
+    variables = jax.device_get(run.variables)
+    state = weights.state_dict(run.experiment.model, variables, scheme)
+    metadata = {
+        'format': 'pt',
+        'model': config.model.name,
+        'mean': str(config.data.mean),
+        'std': str(config.data.std),
+        'class_names': '\n'.join(run.class_names),
+    }
+    weights.write(path, state, metadata)
+    return {
+        'path': str(path),
+        'model': config.model.name,
+        'scheme': scheme,
+        'arrays': len(state),
+        'parameters': sum(leaf.size for leaf in jax.tree.leaves(variables['params'])),
+    }

@@ -1,0 +1,320 @@
+"""Starting from trained weights: init_from, freezing, layer-wise rates, features, export."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from parity import state_of
+
+from jaxcls import config as config_lib
+from jaxcls import fit, optimizers, schedules, transfer, weights
+from jaxcls import experiment as experiment_lib
+from jaxcls.errors import UserError
+from jaxcls.main import main
+from jaxcls.models import make_model
+
+FIVE, OTHERS = (0, 1, 2, 3, 4), (5, 6, 7, 8)
+
+
+def small(**fields):
+    config = config_lib.get_config()
+    config.update({'epochs': 1.0, 'batch_size': 32, 'learning_rate': 0.01})
+    config.model = {
+        'name': 'lenet_small',
+        'filters': (4, 4),
+        'hidden': (16,),
+        **fields.pop('model', {}),
+    }
+    config.data.update({'classes': FIVE, 'train': 'train[:300]', 'validation': 'test[:100]'})
+    config.data.update(fields.pop('data', {}))
+    config.update(fields)
+    return config
+
+
+def arrays(state):
+    tree = {'params': state.params, 'batch_stats': state.batch_stats}
+    return weights.flatten(jax.device_get(tree))
+
+
+def start_of(config, tmp_path):
+    """The state of step 0 and what was reported."""
+    events = []
+    config.learning_rate = 1e-12
+    result = fit(config, tmp_path / 'start', events.append)
+    begun = [event for event in events if event['kind'] == 'begin']
+    return {k: v for k, v in arrays(result.state).items() if k.startswith('params')}, begun
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+    return fit(small(), tmp_path_factory.mktemp('source') / 'run')
+
+
+def test_a_run_starts_from_another_runs_weights(source, tmp_path):
+    found, (event,) = start_of(small(model={'init_from': str(source.workdir)}), tmp_path)
+    assert event['fresh'] == []
+    for path, array in found.items():
+        np.testing.assert_allclose(array, arrays(source.state)[path], atol=1e-8, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ('data', 'new_head'), [({'classes': OTHERS}, False), ({'classes': FIVE}, True)]
+)
+def test_a_new_head_starts_afresh_and_all_else_does_not(source, tmp_path, data, new_head):
+    step = int(source.state.step)
+    checkpoint = str(source.workdir / 'checkpoints' / str(step))
+    config = small(model={'init_from': checkpoint, 'new_head': new_head}, data=data)
+    found, (event,) = start_of(config, tmp_path)
+    assert event['fresh'] == ['params/head/bias', 'params/head/kernel']
+    assert found['params/head/kernel'].shape == (16, len(data['classes']))
+    trained = arrays(source.state)
+    assert not np.allclose(found['params/head/kernel'][:, :4], trained['params/head/kernel'][:, :4])
+    for path in set(found) - set(event['fresh']):
+        np.testing.assert_allclose(found[path], trained[path], atol=1e-8, err_msg=path)
+
+
+def test_weights_that_do_not_fit_are_listed_before_anything_is_made(source, tmp_path):
+    config = small(model={'init_from': str(source.workdir), 'filters': (4, 6)})
+    with pytest.raises(UserError, match=r'params/conv2/conv/kernel: model \[3, 3, 4, 6\], weights'):
+        fit(config, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+    with pytest.raises(UserError, match='No weights at'):
+        fit(small(model={'init_from': str(tmp_path / 'none')}), tmp_path / 'run')
+
+
+def test_other_normalisation_than_the_sources_is_said(source, tmp_path):
+    config = small(model={'init_from': str(source.workdir)}, data={'mean': (0.1,)})
+    with pytest.warns(UserWarning, match='was trained on images of mean'):
+        fit(config, tmp_path / 'run')
+
+
+def test_a_linear_probe_changes_the_head_alone(source, tmp_path):
+    model = {'init_from': str(source.workdir), 'norm': 'frozen_batch'}
+    result = fit(small(model=model, freeze='^(?!head)', weight_decay=0.1), tmp_path / 'run')
+    before, after = arrays(source.state), arrays(result.state)
+    moved = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert moved == {'params/head/kernel', 'params/head/bias'}
+    # Adam's two moments of two leaves and counters: nothing for what is frozen.
+    sizes = sum(leaf.size for leaf in jax.tree.leaves(result.state.opt_state) if leaf.ndim)
+    assert sizes == 2 * (16 * 5 + 5)
+
+
+def test_batch_statistics_alone_adapt_when_all_parameters_are_all_but_frozen(source, tmp_path):
+    model = {'init_from': str(source.workdir)}
+    config = small(model=model, freeze='^(?!head/bias)', learning_rate=1e-12)
+    result = fit(config, tmp_path / 'run')
+    before, after = arrays(source.state), arrays(result.state)
+    moved = {path for path in before if not np.allclose(before[path], after[path], atol=1e-6)}
+    assert moved == {path for path in before if path.startswith('batch_stats')}
+
+
+@pytest.mark.parametrize('freeze', ['nothing', '.', '('])
+def test_a_pattern_that_freezes_nothing_or_all_or_is_none_is_an_error(freeze, tmp_path):
+    with pytest.raises(UserError, match='freezes all but the head'):
+        fit(small(freeze=freeze), tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_layer_decay_scales_each_layers_step():
+    config = experiment_lib.resolve(
+        small(layer_decay=0.5, optimizer={'name': 'sgd', 'momentum': 0.0})
+    )
+    built = experiment_lib.build(config, (8, 8, 1), 5, 100)
+    params = built.model.init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))['params']
+    ones = jax.tree.map(np.ones_like, params)
+    updates, _ = built.tx.update(ones, built.tx.init(params), params)
+    scales = {
+        name: -np.unique(leaf) / 0.01
+        for name, leaf in updates.items()
+        for leaf in jax.tree.leaves(leaf)
+    }
+    expected = {'conv1': 0.125, 'conv2': 0.25, 'hidden1': 0.5, 'head': 1.0}
+    assert {k: v.item() for k, v in scales.items()} == pytest.approx(expected, rel=1e-5)
+
+
+def test_frozen_parameters_do_not_count_in_the_norm_that_is_clipped():
+    rate = schedules.make_schedule(
+        name='constant', learning_rate=1.0, total_steps=9, steps_per_epoch=9
+    )
+    fields = {'name': 'sgd', 'momentum': 0.0, 'schedule': rate, 'clip_norm': 1.0}
+    params = {'a': np.zeros(4, np.float32), 'b': np.zeros(4, np.float32)}
+    grads = {'a': np.full(4, 100, np.float32), 'b': np.full(4, 0.25, np.float32)}
+    tx = optimizers.make_optimizer(**fields, freeze='^a')
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_array_equal(updates['a'], 0)
+    np.testing.assert_array_equal(updates['b'], -grads['b'])
+
+
+def test_schedule_free_methods_refuse_both():
+    rate = schedules.make_schedule(
+        name='constant', learning_rate=1.0, total_steps=9, steps_per_epoch=9
+    )
+    with pytest.raises(UserError, match='neither freeze nor'):
+        optimizers.make_optimizer(name='schedule_free_sgd', schedule=rate, freeze='a')
+
+
+def test_embeddings_and_tokens_do_not_decay():
+    params = {'position_embedding': np.ones((1, 5, 2)), 'head': {'kernel': np.ones((2, 2))}}
+    assert optimizers.decay_mask(params) == {'position_embedding': False, 'head': {'kernel': True}}
+
+
+# Features and files
+
+
+def test_few_shot_on_the_runs_own_classes_beats_chance_and_names_its_interval(source, capsys):
+    result = transfer.few_shot(source.workdir, [2, 20], 3, [('data.classes', str(OTHERS))])
+    assert result['classes'] == ['5', '6', '7', '8']
+    few, many = result['shots']
+    assert 0.3 < few['top1'] < many['top1'] <= 1 and few['half_width'] > 0
+    assert len(set(few['draws'])) > 1
+    assert main(['few-shot', str(source.workdir), '--shots', '20', '--seeds', '1']) == 0
+    assert '20 examples a class: accuracy' in capsys.readouterr().out
+
+
+def test_features_are_those_that_the_head_reads(source):
+    run = experiment_lib.open_run(source.workdir)
+    config = run.experiment.config
+    split = experiment_lib.load_split(config, config.data.validation)
+    features, labels = transfer.extract(run, config, split)
+    head = run.variables['params']['head']
+    top = (features @ np.asarray(head['kernel']) + np.asarray(head['bias'])).argmax(1)
+    assert (top == labels).mean() == pytest.approx(source.metrics['top1'])
+
+
+def test_exported_weights_start_a_run_bit_for_bit(source, tmp_path, capsys):
+    file = tmp_path / 'weights.safetensors'
+    assert main(['export-weights', str(source.workdir), str(file)]) == 0
+    assert 'in the names of jaxcls' in capsys.readouterr().out
+    found = weights.read(file)
+    own = arrays(source.state)
+    assert set(found) == set(own)
+    for path, array in own.items():
+        np.testing.assert_array_equal(found[path].read(), array)
+    fit(small(model={'init_from': str(file)}), tmp_path / 'run')
+    assert main(['export-weights', str(source.workdir), str(file)]) == 2
+    assert 'nothing is overwritten' in capsys.readouterr().err
+
+
+def model_and_state(dtype=np.float32, **fields):
+    model = make_model('resnet18', num_classes=3, num_filters=4, stage_sizes=(1, 1), **fields)
+    shapes = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))
+    )
+    like = weights.flatten(shapes)
+    rng = np.random.default_rng(0)
+    values = {k: rng.standard_normal(v.shape).astype(dtype) for k, v in like.items()}
+    return model, like, weights.state_dict(model, weights.unflatten(values), 'torchvision')
+
+
+def test_there_and_back_is_exact_in_memory_and_in_a_file(tmp_path):
+    model, like, there = model_and_state()
+    weights.write(tmp_path / 'a.safetensors', there, {})
+    found = weights.convert(model, like, weights.read(tmp_path / 'a.safetensors'))
+    again = weights.state_dict(model, weights.unflatten(found.arrays), 'timm')
+    assert again.keys() == there.keys()
+    for name, array in there.items():
+        np.testing.assert_array_equal(again[name], array, err_msg=name)
+
+
+def test_half_precision_widens_exactly(tmp_path):
+    import ml_dtypes
+
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        model, like, there = model_and_state(dtype)
+        path = tmp_path / f'{np.dtype(dtype)}.safetensors'
+        weights.write(path, there, {})
+        found = weights.convert(model, like, weights.read(path)).arrays
+        kernel = found['params/head/kernel']
+        assert kernel.dtype == np.float32
+        np.testing.assert_array_equal(kernel, there['fc.weight'].T.astype(np.float32))
+
+
+def test_a_mismatch_lists_both_sides():
+    model, like, there = model_and_state()
+    del there['bn1.weight']
+    there['layer9.conv.weight'] = np.zeros(3, np.float32)
+    there['conv1.weight'] = np.zeros((4, 3, 3, 3), np.float32)
+    there['bn1.bias'] = np.zeros(4, np.int32)
+    with pytest.raises(UserError) as caught:
+        weights.convert(model, like, state_of(there))
+    message = str(caught.value)
+    assert '1 in the model and not in the weights: params/stem/norm/scale (bn1.weight)' in message
+    assert '1 in the weights and not in the model: layer9.conv.weight' in message
+    assert 'conv1.weight: model [4, 3, 7, 7], weights [4, 3, 3, 3]' in message
+    assert 'bn1.bias: model float32, weights int32' in message
+
+
+def test_a_head_of_another_width_is_no_new_head():
+    model, like, there = model_and_state()
+    there['fc.weight'] = np.zeros((9, 99), np.float32)
+    with pytest.raises(UserError, match=r'fc.weight: model \[3, 8\], weights \[9, 99\]'):
+        weights.convert(model, like, state_of(there))
+
+
+def test_a_network_without_counterpart_says_so():
+    model = make_model('resnet20', stage_sizes=(1, 1), squeeze=4, preactivation=True)
+    like = weights.flatten(
+        jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32)))
+    )
+    with pytest.raises(UserError, match=r'no counterpart in timm_v2.*stage1_block1/se/expand'):
+        weights.names(model, like, 'timm_v2')
+    with pytest.raises(UserError, match='No other library has a MLP'):
+        weights.names(make_model('mlp'), {}, 'timm')
+
+
+def test_pytorch_files_are_read_without_running_code_in_them(tmp_path):
+    torch = pytest.importorskip('torch')
+    model, like, there = model_and_state()
+    tensors = {f'module.{k}': torch.from_numpy(np.ascontiguousarray(v)) for k, v in there.items()}
+    tensors['module.bn1.num_batches_tracked'] = torch.tensor(3)
+    torch.save({'state_dict': tensors, 'epoch': 3}, tmp_path / 'a.pth')
+    found = weights.convert(model, like, weights.read(tmp_path / 'a.pth')).arrays
+    np.testing.assert_array_equal(found['params/head/kernel'], there['fc.weight'].T)
+    torch.save({'w': torch.ones(2, dtype=torch.bfloat16)}, tmp_path / 'b.pt')
+    assert weights.read(tmp_path / 'b.pt')['w'].read().astype(np.float32).tolist() == [1, 1]
+    torch.save(optax.sgd, tmp_path / 'c.pth')
+    with pytest.raises(UserError, match='cannot be read as a PyTorch state dict'):
+        weights.read(tmp_path / 'c.pth')
+
+
+@pytest.mark.parametrize(
+    ('name', 'content', 'message'),
+    [
+        ('a.safetensors', b'', 'is damaged'),
+        ('a.safetensors', b'\x08\0\0\0\0\0\0\0{"a":1}x', 'is damaged'),
+        ('a.h5', b'x', 'expected .safetensors or .pth'),
+    ],
+)
+def test_files_that_are_no_weights_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        weights.read(tmp_path / name)
+
+
+class Hub:
+    """A cache like huggingface_hub's: files named by their SHA-256, links by their names."""
+
+    def __init__(self, root, content):
+        import hashlib
+
+        blob = root / hashlib.sha256(content).hexdigest()
+        blob.write_bytes(content)
+        self.link = root / 'model.safetensors'
+        self.link.symlink_to(blob)
+
+    def __call__(self, repository, filename, **_):
+        assert (repository, filename) == ('timm/net', 'model.safetensors')
+        return str(self.link)
+
+
+def test_a_hubs_weights_are_checked_against_their_digest(tmp_path, monkeypatch):
+    hub = pytest.importorskip('huggingface_hub')
+    model, like, there = model_and_state()
+    weights.write(tmp_path / 'a.safetensors', there, {})
+    content = (tmp_path / 'a.safetensors').read_bytes()
+    monkeypatch.setattr(hub, 'hf_hub_download', Hub(tmp_path, content))
+    assert weights.convert(model, like, weights.read('hf:timm/net')).arrays.keys() == like.keys()
+    blob = (tmp_path / 'model.safetensors').resolve()
+    blob.write_bytes(content[:-1] + b'\x01')
+    with pytest.raises(UserError, match='is damaged: its SHA-256'):
+        weights.read('hf:timm/net')
