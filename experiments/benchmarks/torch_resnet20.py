@@ -1,6 +1,6 @@
 """The peer of resnet20_cifar.py in PyTorch: same files, order, augmentation, schedule and decay.
 
-    pip install -e '.[bench]'
+    pip install -e '.[torch]'
     python experiments/benchmarks/torch_resnet20.py --epochs=5
 
 Prints a line an epoch: epoch, seconds, training loss, test accuracy. The network is the ResNet-20

@@ -1,0 +1,129 @@
+"""Does it help to start from a network that has seen other classes, and when does it stop helping?
+
+    python experiments/studies/transfer.py [--seeds=3] [--runs=runs/transfer]
+
+Trains a small ResNet on one half of CIFAR-10's classes, then on the other half with 10, 100 and all
+(5,000) images a class: from scratch, fine-tuned, and as a linear probe. Prints test accuracies (2,000
+images a class... of the five classes: 5,000 in all) as mean +- half of the 95% t-interval over seeds, each with its own source
+network and its own draw of images, and draws transfer.png. What is done already is not done again.
+"""
+
+import argparse
+import warnings
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from jaxcls import config as config_lib
+from jaxcls import fit, metrics
+from jaxcls.registry import lookup
+
+HERE = Path(__file__).parent.parent
+# Images a class -> epochs and batch size: small sets are seen many times.
+SIZES = {10: (100.0, 50), 100: (60.0, 50), 5000: (6.0, 128)}
+# How a network starts -> learning rate and fields. Each rate was the best of a factor-of-3 grid at 100
+# images a class with seed 100, which the results below do not use.
+ARMS = {
+    'from scratch': (0.1, {'model.init_from': ''}),
+    'fine-tuned': (0.03, {}),
+    'linear probe': (0.1, {'freeze': '^(?!head)', 'model.norm': 'frozen_batch'}),
+}
+
+
+def accuracy(config, workdir: Path) -> float:
+    """The last validation accuracy of a run, which is made or gone on with."""
+    return fit(config, workdir).metrics['top1']
+
+
+def source(seed: int, runs: Path) -> Path:
+    config = config_lib.load_file(HERE / 'transfer_source.py')
+    config.seed = seed
+    fit(config, runs / f'source-{seed}')
+    return runs / f'source-{seed}'
+
+
+def target(arm: str, per_class: int, seed: int, runs: Path, rate: float = 0.0):
+    """The config of one run."""
+    learning_rate, fields = lookup(ARMS, arm, 'arm')
+    config = config_lib.load_file(HERE / 'transfer_target.py')
+    epochs, batch_size = SIZES[per_class]
+    config.model.init_from = str(runs / f'source-{seed}')
+    with config.unlocked():
+        config.update_from_flattened_dict({'model.norm': 'batch', **fields})
+    config.update(
+        {
+            'seed': seed,
+            'epochs': epochs,
+            'batch_size': batch_size,
+            'learning_rate': rate or learning_rate,
+            'validate_every_epochs': epochs,
+            'checkpoint_every_epochs': epochs,
+        }
+    )
+    config.data.per_class = per_class
+    return config
+
+
+def measure(seeds: int, runs: Path) -> dict[str, dict[int, list[float]]]:
+    """Accuracies by arm, size of the training set, and seed."""
+    found = {arm: {size: [] for size in SIZES} for arm in ARMS}
+    for seed in range(seeds):
+        source(seed, runs)
+        for size in SIZES:
+            for arm in ARMS:
+                name = f'{arm.replace(" ", "-")}-{size}-{seed}'
+                value = accuracy(target(arm, size, seed, runs), runs / name)
+                found[arm][size].append(value)
+                print(f'seed {seed}, {size:>5} a class, {arm:<13} {value:.2%}', flush=True)
+    return found
+
+
+def table(found) -> str:
+    lines = [f'{"images a class":<15}' + ''.join(f'{size:>18,}' for size in SIZES)]
+    for arm, values in found.items():
+        cells = (metrics.mean_interval(values[size]) for size in SIZES)
+        lines.append(f'{arm:<15}' + ''.join(f'{mean:>10.2%} +- {half:.2%}' for mean, half in cells))
+    return '\n'.join(lines)
+
+
+def plot(found, path: Path):
+    figure = Figure(figsize=(6.5, 4.5), layout='constrained')
+    axes = figure.subplots()
+    for (arm, values), color in zip(found.items(), ('#888888', '#0b62a4', '#d1702c'), strict=True):
+        mean, half = np.array([metrics.mean_interval(values[size]) for size in SIZES]).T
+        axes.errorbar(list(SIZES), mean, half, label=arm, color=color, marker='o', capsize=4)
+    axes.set(xscale='log', xlabel='training images a class', ylabel='test accuracy')
+    axes.set_xticks(list(SIZES), [f'{size:,}' for size in SIZES])
+    axes.set_title('Five classes of CIFAR-10 after training on the other five')
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--runs', type=Path, default=Path('runs/transfer'))
+    parser.add_argument('--grid', action='store_true', help='choose the rates of ARMS instead')
+    args = parser.parse_args()
+    warnings.simplefilter('ignore')
+    if args.grid:
+        return grid(args.runs)
+    found = measure(args.seeds, args.runs)
+    print(table(found))
+    plot(found, args.runs / 'transfer.png')
+    print(f'picture: {args.runs / "transfer.png"}')
+
+
+def grid(runs: Path, seed: int = 100):
+    source(seed, runs)
+    for arm in ARMS:
+        for rate in (0.01, 0.03, 0.1, 0.3):
+            config = target(arm, 100, seed, runs, rate)
+            value = accuracy(config, runs / f'grid-{arm.replace(" ", "-")}-{rate}')
+            print(f'{arm:<13} rate {rate}: {value:.2%}', flush=True)
+
+
+if __name__ == '__main__':
+    main()
