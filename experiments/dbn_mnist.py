@@ -13,7 +13,7 @@ from jaxcls import config as base
 
 def get_config():
     config = base.get_config()
-    config.epochs = 20.0
+    config.epochs = 10.0
     config.batch_size = 100
     config.data.name = 'tfds:mnist'
     config.data.mean = (0.0,)  # an RBM's pixels are probabilities

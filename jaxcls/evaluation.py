@@ -59,13 +59,24 @@ def evaluate(workdir: str | Path, split: str = '', checkpoint: str = 'latest') -
       checkpoint: 'latest', 'best' or a step.
 
     Returns:
-      `metrics.summarize`'s numbers with `split`, `step`, `top1_interval` (Wilson, 95%), `confusion`
-      and `class_names`.
+      As `evaluate_run`.
 
     Raises:
       UserError: no run, no checkpoint or no such split.
     """
-    run = experiment_lib.open_run(workdir, checkpoint)
+    return evaluate_run(experiment_lib.open_run(workdir, checkpoint), split)
+
+
+def evaluate_run(run: experiment_lib.Run, split: str = '') -> dict[str, Any]:
+    """Metrics of an opened run (or of trained weights, `experiment.open_weights`) on a split.
+
+    Returns:
+      `metrics.summarize`'s numbers with `split`, `step`, `top1_interval` (Wilson, 95%), `confusion`
+      and `class_names`.
+
+    Raises:
+      UserError: no such split, or other classes than the run's.
+    """
     split = split or run.experiment.config.data.validation
     loaded = experiment_lib.load_split(run.experiment.config, split)
     if loaded.class_names != run.class_names:

@@ -198,7 +198,7 @@ def check_parameters(config: ConfigDict, model: nn.Module, image_shape) -> list[
         shapes = jax.eval_shape(lambda: _variables(model, image_shape, jax.random.key(0)))
     params = shapes['params']
     frozen = jax.tree.leaves(optimizers.frozen_mask(params, config.freeze))
-    if config.freeze and not any(frozen) or all(frozen):
+    if (config.freeze and not any(frozen)) or all(frozen):
         paths = [optimizers.param_path(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
         raise UserError(
             f'config.freeze={config.freeze!r} is found in {"all" if all(frozen) else "none"} of the '
@@ -394,3 +394,35 @@ def open_run(directory: str | Path, checkpoint: str = 'latest') -> Run:
         raise UserError(f'{directory} has no checkpoint yet. Train on: repeat its `jaxcls train`.')
     variables = steps.evaluation_variables(restored.tree[0])
     return Run(experiment, variables, restored.step, tuple(data['class_names']), mesh)
+
+
+def open_weights(config: ConfigDict) -> Run:
+    """A config's network with the weights of `config.model.init_from`, as if trained: at step 0.
+
+    Raises:
+      UserError: no weights given, or they fit neither the network nor the number of classes.
+    """
+    config = resolve(config)
+    source = config.model.init_from
+    if not source:
+        raise UserError(
+            'There is nothing to evaluate: give the directory of a run, or trained weights by '
+            '--config.model.init_from.'
+        )
+    split = load_split(config, config.data.validation)
+    reader, mesh = make_reader(config, split, train=False), sharding.make_mesh()
+    classes = len(split.class_names)
+    experiment = build(config, reader.shape, classes, max(len(split.source), 1))
+    abstract = abstract_state(experiment, mesh)
+    events = []
+    start = make_start(experiment, abstract, reader, events.append)
+    fresh = [path for path in events[0]['fresh'] if '/aux' not in path]
+    if fresh:
+        raise UserError(
+            f'{source} has no head for the {classes} classes of {config.data.name} '
+            f'({", ".join(fresh)}); train it on them first.'
+        )
+    like = {'params': abstract.params, 'batch_stats': abstract.batch_stats}
+    variables = start(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like))
+    variables = jax.device_put(variables, jax.tree.map(lambda leaf: leaf.sharding, like))
+    return Run(experiment, variables, 0, split.class_names, mesh)

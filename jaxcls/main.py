@@ -84,18 +84,16 @@ def _split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]
     return rest, overrides
 
 
-def _add_config(parser):
-    parser.add_argument(
-        '--config', default='', help='a file with get_config() (it is run); default: the digits'
-    )
+def _add_config(parser, description='a file with get_config() (it is run); default: the digits'):
+    parser.add_argument('--config', default='', help=description)
 
 
 def _add_json(parser):
     parser.add_argument('--json', action='store_true', help='print one JSON object, nothing else')
 
 
-def _add_run(parser):
-    parser.add_argument('workdir', type=Path, help='the directory of a run')
+def _add_run(parser, nargs=None):
+    parser.add_argument('workdir', type=Path, nargs=nargs, help='the directory of a run')
     parser.add_argument(
         '--checkpoint', default='latest', help="'latest' (default), 'best' or a step"
     )
@@ -109,7 +107,8 @@ def _train_arguments(parser):
 
 
 def _evaluate_arguments(parser):
-    _add_run(parser)
+    _add_run(parser, nargs='?')
+    _add_config(parser, 'instead of a run: evaluates the weights of --config.model.init_from')
     parser.add_argument(
         '--split', default='', help="such as 'test'; default: the run's validation split"
     )
@@ -227,16 +226,26 @@ def _run_train(args) -> int:
 
 
 def _run_evaluate(args) -> int:
+    if args.workdir and (args.config or args.overrides):
+        raise UserError(
+            f'{args.workdir} has its own config: leave out --config, or the directory of the run.'
+        )
+    config = None if args.workdir else _load_config(args)
     _start()
-    from jaxcls import evaluation
+    from jaxcls import evaluation, experiment
 
-    result = evaluation.evaluate(args.workdir, args.split, args.checkpoint)
+    if args.workdir:
+        run = experiment.open_run(args.workdir, args.checkpoint)
+    else:
+        run = experiment.open_weights(config)
+    result = evaluation.evaluate_run(run, args.split)
     if args.json:
         _print_json(result)
         return 0
     low, high = result['top1_interval']
+    name = args.workdir or config.model.init_from
     print(
-        f'{args.workdir}, step {result["step"]}, {result["split"]}: {result["examples"]:,.0f} examples\n'
+        f'{name}, step {result["step"]}, {result["split"]}: {result["examples"]:,.0f} examples\n'
         f'accuracy {result["top1"]:.2%} (95% interval {low:.2%} to {high:.2%}), '
         f'top-5 {result["top5"]:.2%}, loss {result["loss"]:.4f}\n'
         f'balanced accuracy {result["balanced_accuracy"]:.2%}, macro F1 {result["f1_macro"]:.4f}, '

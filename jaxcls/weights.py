@@ -7,6 +7,7 @@ elsewhere. The same rows serve both directions, so what is read can be written b
 import hashlib
 import math
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,7 +76,7 @@ def read(source: str | Path) -> State:
         )
     if path.suffix == '.safetensors':
         return _safetensors(path)
-    if path.suffix in ('.pth', '.pt', '.bin', '.tar'):
+    if path.suffix in ('.pth', '.pt', '.th', '.bin', '.tar'):
         return _torch(path)
     raise UserError(f'{path} is {path.suffix or "without suffix"}; expected .safetensors or .pth.')
 
@@ -120,7 +121,8 @@ def _torch(path: Path) -> State:
             'or save it as .safetensors where PyTorch is.'
         ) from None
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        recent = zipfile.is_zipfile(path)  # PyTorch's older format cannot be mapped
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=recent)
     except Exception as error:  # zip, pickle and torch raise all kinds
         reason = str(error).splitlines()[0][:200]
         raise UserError(f'{path} cannot be read as a PyTorch state dict: {reason}') from None
@@ -303,8 +305,8 @@ def convert(model: nn.Module, like: Flat, state: State, new_head: bool = False) 
 
     def is_fresh(path):
         name, transform = table[path]
-        if _AUXILIARY.fullmatch(path):
-            return name not in state
+        if _AUXILIARY.fullmatch(path) and name not in state:
+            return True
         if not _HEAD.fullmatch(path):
             return False
         expected = _shape_there(like[path], transform)

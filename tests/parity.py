@@ -39,15 +39,16 @@ class Pair(NamedTuple):
 
 def torchvision_model(name: str, **kwargs) -> Callable[[], Any]:
     """A reference of torchvision, or a skip where that does not import."""
-    return lambda: getattr(_import('torchvision.models'), name)(num_classes=5, **kwargs)
+    return lambda: getattr(import_or_skip('torchvision.models'), name)(num_classes=5, **kwargs)
 
 
 def timm_model(name: str, **kwargs) -> Callable[[], Any]:
     """A reference of timm, or a skip where that does not import."""
-    return lambda: _import('timm').create_model(name, num_classes=5, **kwargs)
+    return lambda: import_or_skip('timm').create_model(name, num_classes=5, **kwargs)
 
 
-def _import(name: str):
+def import_or_skip(name: str):
+    """A library to compare with; its own warnings do not count."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return pytest.importorskip(name, exc_type=ImportError)
@@ -55,7 +56,7 @@ def _import(name: str):
 
 def torch_module(make: Callable[[], Any], seed: int = 0) -> Any:
     """The module with random weights of a sensible size and batch statistics that are not neutral."""
-    torch = pytest.importorskip('torch')
+    torch = import_or_skip('torch')
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     module = make()
@@ -121,8 +122,7 @@ def logits_of(output):
 
 def check_evaluation(pair: Pair, channels: int = 3) -> float:
     """Asserts equal logits in evaluation mode and an exact way back; returns the relative error."""
-    import torch
-
+    torch = import_or_skip('torch')
     module = torch_module(pair.reference).eval()
     arrays = {name: value.numpy() for name, value in module.state_dict().items()}
     model, variables = imported(pair, arrays, channels)
@@ -160,8 +160,7 @@ def check_training(pair: Pair, batch: int = 4, rate: float = 1.0) -> tuple[float
     Returns:
       The relative errors of the logits and, at worst, of a parameter's change.
     """
-    import torch
-
+    torch = import_or_skip('torch')
     module = torch_module(pair.reference).train().double()
     images, labels = images_of(pair.size, batch).astype(np.float64), np.arange(batch) % 5
     before = {name: value.numpy().copy() for name, value in module.state_dict().items()}
@@ -206,6 +205,7 @@ def _sgd_step(model, variables, images, labels, rate):
 
     step = jax.jit(jax.grad(loss, has_aux=True), compiler_options=quick)
     grads, (logits, updates) = step(variables['params'])
+    grads = jax.device_get(grads)  # the rest in NumPy, which compiles nothing
     params = jax.tree.map(lambda p, g: p - rate * g, variables['params'], grads)
     return logits, {'params': params, **updates}
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxcls.errors import UserError
-from jaxcls.models import MODELS, layers, make_model
+from jaxcls.models import MODELS, REFERENCES, layers, make_model
 from jaxcls.registry import defaults
 
 TINY_RESNET = {'stage_sizes': (1, 1), 'num_filters': 4}
@@ -23,12 +23,35 @@ TINY = {
     'mlp': ('mlp', {'hidden': (8, 8), 'norm': 'batch'}),
     'lenet5': ('lenet5', {'activation': 'tanh', 'pool': 'avg'}),
     'lenet_small': ('lenet_small', {'filters': (4, 4)}),
+    'lenet5_1998': ('lenet5_1998', {}),
+    'alexnet': ('alexnet_small', {'widths': (4,) * 5, 'hidden': (8, 8), 'dropout': 0.0}),
+    'vgg': (
+        'vgg11_bn',
+        {'stage_sizes': (1, 1), 'widths': (4, 8), 'hidden': (8,), 'pool_size': 1, 'dropout': 0.0},
+    ),
+    'dbn': ('dbn', {'hidden': (8, 8)}),
+    'googlenet': (
+        'googlenet',
+        {'width': 0.06, 'stem': 'small', 'dropout': 0.0, 'aux_dropout': 0.0},
+    ),
+    'inception_v3': ('inception_v3', {'width': 0.06, 'stem': 'small', 'dropout': 0.0}),
     'resnet': ('resnet20', TINY_RESNET),
     'bottleneck-d': ('resnet50d', TINY_RESNET),
     'wrn': ('wrn16_4', {**TINY_RESNET, 'width': 2}),
+    'resnext': ('resnext50_32x4d', {**TINY_RESNET, 'groups': 2, 'group_width': 2, 'squeeze': 2}),
     'group norm': ('resnet20', {**TINY_RESNET, 'norm': 'group'}),
     'no norm': ('preact_resnet20', {**TINY_RESNET, 'norm': 'none'}),
+    'densenet': ('densenet_bc_100_12', {'stage_sizes': (2, 1), 'growth_rate': 4, 'num_filters': 4}),
+    'mobilenet': (
+        'mobilenet_v3_small',
+        {'width': 0.1, 'depth': 0.1, 'stem': 'small', 'dropout': 0.0},
+    ),
+    'convnext': ('convnext_tiny', {'stage_sizes': (1, 1), 'widths': (4, 8), 'stem': 'small'}),
+    'vit': ('vit_ti16', {'patch_size': 4, 'depth': 1, 'width': 8, 'heads': 2}),
+    'airbench': ('airbench94', {'widths': (4, 4, 4)}),
 }
+# Pixels of a side, where 16 are too few.
+SIDES = {'inception_v3': 32, 'airbench': 32, 'lenet5_1998': 28}
 
 
 def images_of(*shape, seed=0):
@@ -62,7 +85,12 @@ def random_variables(model, images):
 def tiny(kind):
     name, fields = TINY[kind]
     model = make_model(name, num_classes=3, **fields)
-    return model, random_variables(model, images_of(4, 16, 16, 1))
+    return model, random_variables(model, tiny_images(kind))
+
+
+def tiny_images(kind, seed=0):
+    side = SIDES.get(kind, 16)
+    return images_of(4, side, side, 1, seed=seed)
 
 
 def gradients_of(model, variables, images, rngs=None):
@@ -70,8 +98,10 @@ def gradients_of(model, variables, images, rngs=None):
         out, updates = model.apply(
             {**variables, 'params': params}, images, train=True, rngs=rngs, mutable=['batch_stats']
         )
-        logits, _ = out
-        return -jax.nn.log_softmax(logits)[:, 0].mean(), (logits, updates)
+        logits, features = out
+        auxiliary = [value for name, value in features.items() if name.startswith('aux_logits')]
+        losses = [-jax.nn.log_softmax(values)[:, 0].mean() for values in (logits, *auxiliary)]
+        return sum(losses), (logits, updates)
 
     gradients, (logits, updates) = jax.grad(loss, has_aux=True)(variables['params'])
     return gradients, logits, updates
@@ -119,12 +149,21 @@ def shallow(name, **kwargs):
     return make_model(name, **{**fields, **stages, **kwargs})
 
 
+def image_of(name):
+    """The published shape of an image, at most 96 pixels a side where that will do."""
+    height, width, channels = REFERENCES[name].image_shape
+    if name.startswith(('vit', 'alexnet', 'inception')) or height < 96:
+        return height, width, channels
+    return 96, 96, channels
+
+
 @pytest.mark.parametrize('name', MODELS)
 def test_every_model_follows_the_protocol_in_bfloat16(name):
     model = shallow(name, num_classes=7, dtype=jnp.bfloat16)
-    variables = shapes_of(model, (2, 32, 32, 3))
+    height, width, channels = image_of(name)
+    variables = shapes_of(model, (2, height, width, channels))
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
-    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((2, height, width, channels), jnp.float32)
     apply = functools.partial(model.apply, train=False)
     logits, features = jax.eval_shape(apply, variables, images)
     assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
@@ -189,16 +228,34 @@ def test_training_moves_every_parameter_and_only_training_moves_the_statistics(k
         _, eval_updates = model.apply(variables, images, train=False, mutable=['batch_stats'])
         return {'params': params, **updates}, gradients, eval_updates
 
-    state, gradients, eval_updates = jax.device_get(step(variables, images_of(4, 16, 16, 1)))
-    state = jax.device_get(step(state, images_of(4, 16, 16, 1, seed=1))[0])
+    state, gradients, eval_updates = jax.device_get(step(variables, tiny_images(kind)))
+    state = jax.device_get(step(state, tiny_images(kind, seed=1))[0])
     assert len(traces) == 1
     assert jax.tree.structure(state) == jax.tree.structure(variables)
     for path, gradient in flax.traverse_util.flatten_dict(gradients).items():
-        assert np.isfinite(gradient).all() and np.any(gradient != 0), path
+        assert np.isfinite(gradient).all(), path
+        assert np.any(gradient != 0) != (path[-1] == 'whitening'), path
     before, after = (jax.device_get(v.get('batch_stats', {})) for v in (variables, state))
     assert bool(after) == (getattr(model, 'norm', 'none') == 'batch')
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), before, after)))
     assert_trees_equal(eval_updates.get('batch_stats', {}), before)
+
+
+def test_every_kind_of_network_has_a_tiny_one():
+    assert {type(make_model(name)) for name in MODELS} == {type(tiny(kind)[0]) for kind in TINY}
+
+
+@pytest.mark.parametrize('kind', TINY)
+def test_every_kind_of_network_runs_in_bfloat16_close_to_float32(kind):
+    model, variables = tiny(kind)
+    narrow = model.clone(dtype=jnp.bfloat16)
+    images = tiny_images(kind)
+    logits, wide = (
+        quick_jit(lambda v, x, m=m: m.apply(v, x, train=False)[0])(variables, images)
+        for m in (narrow, model)
+    )
+    assert logits.dtype == jnp.float32 and jnp.isfinite(logits).all()
+    assert relative_error(logits, wide) < 0.1
 
 
 def test_eval_of_an_example_does_not_depend_on_its_batch():
@@ -457,7 +514,9 @@ class TorchResNet:
     def shortcut(self, x, name, stride, y):
         if self.model.shortcut == 'pad':
             channels = y.shape[1] - x.shape[1]
-            return self.F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, 0, channels))
+            return self.F.pad(
+                x[:, :, ::stride, ::stride], (0, 0, 0, 0, channels // 2, channels // 2)
+            )
         if self.model.preactivation:
             return self.conv(x, f'{name}/shortcut', stride)
         x = self.conv(x, f'{name}/shortcut/conv', stride)

@@ -4,14 +4,14 @@ import jax
 import numpy as np
 import optax
 import pytest
-from parity import state_of
 
 from jaxcls import config as config_lib
-from jaxcls import fit, optimizers, schedules, transfer, weights
 from jaxcls import experiment as experiment_lib
+from jaxcls import fit, optimizers, schedules, transfer, weights
 from jaxcls.errors import UserError
 from jaxcls.main import main
 from jaxcls.models import make_model
+from parity import state_of
 
 FIVE, OTHERS = (0, 1, 2, 3, 4), (5, 6, 7, 8)
 

@@ -36,7 +36,8 @@ class Block(nn.Module):
         """[B, C, H, W] -> [B, C', H', W']."""
         y = F.relu(self.norm1(self.conv1(x)))
         y = self.norm2(self.conv2(y))
-        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
+        half = self.extra // 2
+        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, half))
         return F.relu(y + shortcut)
 
 

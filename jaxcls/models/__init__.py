@@ -15,16 +15,48 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxcls.models import classic, linear, resnet
+from jaxcls.models import (
+    airbench,
+    classic,
+    convnext,
+    dbn,
+    densenet,
+    inception,
+    linear,
+    mobilenet,
+    resnet,
+    vgg,
+    vit,
+)
 from jaxcls.registry import bind
 
-FAMILIES = (linear, classic, resnet)
+FAMILIES = (
+    linear,
+    classic,
+    vgg,
+    dbn,
+    resnet,
+    mobilenet,
+    inception,
+    densenet,
+    vit,
+    convnext,
+    airbench,
+)
 MODELS = {name: model for family in FAMILIES for name, model in family.MODELS.items()}
 # See `models.references`: what was published of each, and how other libraries name its parts.
 REFERENCES = {name: known for family in FAMILIES for name, known in family.REFERENCES.items()}
 # A network's class -> its family's NAMES.
 WEIGHT_NAMES = {
+    classic.AlexNet: classic.NAMES,
+    vgg.VGG: vgg.NAMES,
+    inception.GoogLeNet: inception.V1_NAMES,
+    inception.InceptionV3: inception.V3_NAMES,
     resnet.ResNet: resnet.NAMES,
+    convnext.ConvNeXt: convnext.NAMES,
+    densenet.DenseNet: densenet.NAMES,
+    vit.ViT: vit.NAMES,
+    mobilenet.MobileNet: mobilenet.NAMES,
 }
 
 

@@ -80,10 +80,15 @@ BRANCHES = {
 
 
 def pad_shortcut(x, features, stride, _style, *, train, bare):
-    """He 2015, option A: every stride-th pixel, zeros for the new channels; no parameters."""
+    """He 2015, option A: every stride-th pixel, zeros for the new channels; no parameters.
+
+    Half of the zeros come before the old channels. It makes no difference to training, but public
+    weights for CIFAR are of that order.
+    """
     del train, bare
     x = x[:, ::stride, ::stride]
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
+    new = features - x.shape[-1]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2)))
 
 
 def projection_shortcut(x, features, stride, style, *, train, bare):
@@ -416,9 +421,15 @@ _PREACTIVATION_NAMES = (
     (r'final_norm', lambda _: 'norm'),
     (r'head', lambda _: ('head.fc', POINTWISE)),
 )
+_CIFAR_NAMES = (  # of the two PyTorch repositories most used for CIFAR
+    (r'stage(\d+)_block(\d+)/shortcut/conv', lambda _, s, b: f'layer{s}.{b - 1}.shortcut.0'),
+    (r'stage(\d+)_block(\d+)/shortcut/norm', lambda _, s, b: f'layer{s}.{b - 1}.shortcut.1'),
+    (r'head', lambda _: 'linear'),
+)
 NAMES = {
     'torchvision': _PLAIN_NAMES,
     'timm': _PLAIN_NAMES,
     'timm_d': _D_NAMES + _PLAIN_NAMES,
     'timm_v2': _PREACTIVATION_NAMES,
+    'cifar': _CIFAR_NAMES + _PLAIN_NAMES,
 }
