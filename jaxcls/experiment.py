@@ -308,10 +308,20 @@ def _training_images(config: ConfigDict, reader: pipeline.Reader, count: int) ->
 
 
 def _start_from_weights(experiment, abstract, report) -> Callable[[Any], Any]:
-    source, new_head = experiment.config.model.init_from, experiment.config.model.new_head
+    config = experiment.config
+    source, data = config.model.init_from, config.data
     like = {'params': abstract.params, 'batch_stats': abstract.batch_stats}
-    state = _run_weights(source, experiment.config) or weights.read(source)
-    found = weights.convert(experiment.model, weights.flatten(like), state, new_head)
+    theirs = _weights_of_run(source) or weights.read(source)
+    found = weights.convert(
+        experiment.model, weights.flatten(like), theirs.state, config.model.new_head
+    )
+    if theirs.normalization and theirs.normalization != (data.mean, data.std):
+        mean, std = theirs.normalization
+        warnings.warn(
+            f'{source} was trained on images of mean {mean} and std {std}, and config.data has '
+            f'{data.mean} and {data.std}: set config.data.mean and std to its own.',
+            stacklevel=2,
+        )
     report({'loaded': len(found.arrays), 'source': source, 'fresh': found.fresh})
 
     def start(variables):
@@ -320,7 +330,7 @@ def _start_from_weights(experiment, abstract, report) -> Callable[[Any], Any]:
     return start
 
 
-def _run_weights(source: str, config: ConfigDict) -> weights.State | None:
+def _weights_of_run(source: str) -> weights.Weights | None:
     """The weights of a workdir, or of one of its checkpoints; None where the path is neither."""
     path, checkpoint = Path(source), 'latest'
     if path.parent.name == 'checkpoints':
@@ -328,15 +338,10 @@ def _run_weights(source: str, config: ConfigDict) -> weights.State | None:
     if not (path / 'config.json').is_file():
         return None
     run = open_run(path, checkpoint)
-    theirs = run.experiment.config.data
-    if (theirs.mean, theirs.std) != (config.data.mean, config.data.std):
-        warnings.warn(
-            f'{source} was trained on images of mean {theirs.mean} and std {theirs.std}, and '
-            f'config.data has {config.data.mean} and {config.data.std}.',
-            stacklevel=2,
-        )
     flat = weights.flatten(jax.device_get(run.variables))
-    return {k: weights.Tensor(a.shape, a.dtype, lambda a=a: a) for k, a in flat.items()}
+    state = {k: weights.Tensor(a.shape, a.dtype, lambda a=a: a) for k, a in flat.items()}
+    data = run.experiment.config.data
+    return weights.Weights(state, (data.mean, data.std))
 
 
 def abstract_checkpoint(experiment: Experiment, mesh: Mesh) -> tuple[steps.TrainState, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -188,7 +189,7 @@ def count_flops(function, *args) -> int:
     def count(jaxpr) -> int:
         total = 0
         for equation in jaxpr.eqns:
-            inner = [count(part) for part in jax.core.jaxprs_in_params(equation.params)]
+            inner = [count(part) for part in jax.extend.core.jaxprs_in_params(equation.params)]
             # Of branches one runs, such as a platform's own form of a convolution.
             total += max(inner) if equation.primitive.name == 'cond' else sum(inner)
             total += _flops(equation)

@@ -4,6 +4,7 @@ Fine-tuning needs nothing of this: it is training with `config.model.init_from`.
 """
 
 import functools
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -157,8 +158,8 @@ def export_weights(
     metadata = {
         'format': 'pt',
         'model': config.model.name,
-        'mean': str(config.data.mean),
-        'std': str(config.data.std),
+        'mean': json.dumps(config.data.mean),
+        'std': json.dumps(config.data.std),
         'class_names': '\n'.join(run.class_names),
     }
     weights.write(path, state, metadata)

@@ -5,6 +5,7 @@ elsewhere. The same rows serve both directions, so what is read can be written b
 """
 
 import hashlib
+import json
 import math
 import re
 import zipfile
@@ -45,6 +46,18 @@ class Tensor(NamedTuple):
 State = Mapping[str, Tensor]
 
 
+class Weights(NamedTuple):
+    """An opened source of weights.
+
+    Attributes:
+      state: arrays by their names there.
+      normalization: (mean, std) per channel of the images that they were trained on, where it is known.
+    """
+
+    state: State
+    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+
 def flatten(variables: Any) -> Flat:
     """Leaves of 'params' and 'batch_stats' by path, in the order of the tree."""
     return traverse_util.flatten_dict(dict(variables), sep='/')
@@ -58,7 +71,7 @@ def unflatten(flat: Flat) -> dict[str, Any]:
 # Reading
 
 
-def read(source: str | Path) -> State:
+def read(source: str | Path) -> Weights:
     """Opens a safetensors file, a PyTorch state dict or a hub's repository, 'hf:OWNER/NAME[@REVISION]'.
 
     Only names, shapes and dtypes are read now. A PyTorch file is opened with `weights_only`: no code
@@ -68,7 +81,11 @@ def read(source: str | Path) -> State:
       UserError: nothing there, damaged, or in a format that is not one of these.
     """
     source = str(source)
-    path = _download(source.removeprefix('hf:')) if source.startswith('hf:') else Path(source)
+    if source.startswith('hf:'):
+        repository, _, revision = source.removeprefix('hf:').partition('@')
+        weights = _safetensors(_download(repository, revision))
+        return weights._replace(normalization=_published_normalization(repository, revision))
+    path = Path(source)
     if not path.is_file():
         raise UserError(
             f'No weights at {source!r}: expected a jaxcls workdir, a .safetensors file, a PyTorch '
@@ -77,7 +94,7 @@ def read(source: str | Path) -> State:
     if path.suffix == '.safetensors':
         return _safetensors(path)
     if path.suffix in ('.pth', '.pt', '.th', '.bin', '.tar'):
-        return _torch(path)
+        return Weights(_torch(path))
     raise UserError(f'{path} is {path.suffix or "without suffix"}; expected .safetensors or .pth.')
 
 
@@ -87,7 +104,7 @@ _SAFETENSORS_DTYPES = {
 }  # fmt: skip
 
 
-def _safetensors(path: Path) -> State:
+def _safetensors(path: Path) -> Weights:
     try:
         file = safetensors.safe_open(path, framework='numpy')
     except (safetensors.SafetensorError, OSError) as error:
@@ -109,7 +126,18 @@ def _safetensors(path: Path) -> State:
         with safetensors.safe_open(path, framework='flax') as other:  # numpy's has no bfloat16
             return np.asarray(other.get_tensor(name))
 
-    return {name: tensor(name) for name in file.keys()}  # noqa: SIM118
+    state = {name: tensor(name) for name in file.keys()}  # noqa: SIM118
+    return Weights(state, _normalization(file.metadata() or {}))
+
+
+def _normalization(known: Mapping[str, Any]):
+    """(mean, std) out of the metadata that `write` leaves, or of a hub's description; else None."""
+    try:
+        pair = [json.loads(v) if isinstance(v, str) else v for v in (known['mean'], known['std'])]
+        mean, std = (tuple(map(float, values)) for values in pair)
+    except (KeyError, TypeError, ValueError):
+        return None
+    return mean, std
 
 
 def _torch(path: Path) -> State:
@@ -142,8 +170,8 @@ def _torch(path: Path) -> State:
     return {name.removeprefix('module.'): tensor(value) for name, value in state.items()}
 
 
-def _download(repository: str) -> Path:
-    """The weights of a repository on the Hugging Face hub, cached, their SHA-256 checked."""
+def _download(repository: str, revision: str, file: str = 'model.safetensors') -> Path:
+    """A file of a repository on the Hugging Face hub, cached; the SHA-256 of a large one is checked."""
     try:
         import huggingface_hub
         from huggingface_hub.errors import (
@@ -155,27 +183,35 @@ def _download(repository: str) -> Path:
         raise UserError(
             f"hf:{repository} needs the hub's client: pip install 'jaxcls[hub]'."
         ) from None
-    name, _, revision = repository.partition('@')
     try:
         path = huggingface_hub.hf_hub_download(
-            name, 'model.safetensors', revision=revision or None, etag_timeout=5
+            repository, file, revision=revision or None, etag_timeout=5
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
             f'hf:{repository} cannot be had: {reason} Check the name, the network and HF_HOME (the '
-            'cache), or download model.safetensors by hand and give its path.'
+            f'cache), or download {file} by hand and give its path.'
         ) from None
     path = Path(path)
     digest = path.resolve().name  # the cache names large files by their SHA-256
     if re.fullmatch('[0-9a-f]{64}', digest):
-        with path.open('rb') as file:
-            found = hashlib.file_digest(file, 'sha256').hexdigest()
+        with path.open('rb') as stream:
+            found = hashlib.file_digest(stream, 'sha256').hexdigest()
         if found != digest:
             raise UserError(
                 f'{path} is damaged: its SHA-256 is {found}. Delete it and start again.'
             )
     return path
+
+
+def _published_normalization(repository: str, revision: str):
+    """What the repository's description (timm's config.json) says of the images; None if nothing."""
+    try:
+        known = json.loads(_download(repository, revision, 'config.json').read_text())
+    except (UserError, OSError, ValueError):
+        return None
+    return _normalization(known.get('pretrained_cfg', known))
 
 
 # Names

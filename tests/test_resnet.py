@@ -2,7 +2,8 @@
 
 import pytest
 
-from parity import Pair, check_evaluation, check_training
+from jaxcls.models import make_model, resnet
+from parity import Pair, check_evaluation, check_training, parameters, shapes_of
 from parity import timm_model as tm
 from parity import torchvision_model as tv
 
@@ -30,3 +31,31 @@ def test_logits_equal_the_reference(pair):
 @pytest.mark.parametrize('pair', TRAINING, ids=lambda pair: pair.name)
 def test_a_step_of_sgd_equals_the_reference(pair):
     check_training(pair)
+
+
+TIMM = {
+    'resnet18d': ('resnet18d', 'timm_d'),
+    'resnet34d': ('resnet34d', 'timm_d'),
+    'resnet50d': ('resnet50d', 'timm_d'),
+    'resnet101d': ('resnet101d', 'timm_d'),
+    'preact_resnet18': ('resnetv2_18', 'timm_v2'),
+    'preact_resnet50': ('resnetv2_50', 'timm_v2'),
+    'se_resnet18': ('seresnet18', 'timm'),
+    'se_resnet50': ('seresnet50', 'timm'),
+}
+ON_IMAGENET = [name for name, known in resnet.REFERENCES.items() if known.num_classes == 1000]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ON_IMAGENET)
+def test_full_size_logits_equal_the_reference(name):
+    other, scheme = TIMM.get(name, (name, 'torchvision'))
+    reference = tv(other) if scheme == 'torchvision' else tm(other)
+    print(name, scheme, check_evaluation(Pair(name, reference, {}, 224, scheme)))
+
+
+@pytest.mark.parametrize('name', resnet.MODELS)
+def test_there_are_as_many_parameters_as_published(name):
+    known = resnet.REFERENCES[name]
+    model = make_model(name, num_classes=known.num_classes)
+    assert parameters(shapes_of(model, known.image_shape[0])) == known.parameters

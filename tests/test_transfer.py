@@ -1,5 +1,8 @@
 """Starting from trained weights: init_from, freezing, layer-wise rates, features, export."""
 
+import hashlib
+import json
+
 import jax
 import numpy as np
 import optax
@@ -186,6 +189,8 @@ def test_exported_weights_start_a_run_bit_for_bit(source, tmp_path, capsys):
     assert main(['export-weights', str(source.workdir), str(file)]) == 0
     assert 'in the names of jaxcls' in capsys.readouterr().out
     found = weights.read(file)
+    assert found.normalization == ((0.5,), (0.5,))
+    found = found.state
     own = arrays(source.state)
     assert set(found) == set(own)
     for path, array in own.items():
@@ -209,7 +214,7 @@ def model_and_state(dtype=np.float32, **fields):
 def test_there_and_back_is_exact_in_memory_and_in_a_file(tmp_path):
     model, like, there = model_and_state()
     weights.write(tmp_path / 'a.safetensors', there, {})
-    found = weights.convert(model, like, weights.read(tmp_path / 'a.safetensors'))
+    found = weights.convert(model, like, weights.read(tmp_path / 'a.safetensors').state)
     again = weights.state_dict(model, weights.unflatten(found.arrays), 'timm')
     assert again.keys() == there.keys()
     for name, array in there.items():
@@ -223,7 +228,7 @@ def test_half_precision_widens_exactly(tmp_path):
         model, like, there = model_and_state(dtype)
         path = tmp_path / f'{np.dtype(dtype)}.safetensors'
         weights.write(path, there, {})
-        found = weights.convert(model, like, weights.read(path)).arrays
+        found = weights.convert(model, like, weights.read(path).state).arrays
         kernel = found['params/head/kernel']
         assert kernel.dtype == np.float32
         np.testing.assert_array_equal(kernel, there['fc.weight'].T.astype(np.float32))
@@ -268,10 +273,10 @@ def test_pytorch_files_are_read_without_running_code_in_them(tmp_path):
     tensors = {f'module.{k}': torch.from_numpy(np.ascontiguousarray(v)) for k, v in there.items()}
     tensors['module.bn1.num_batches_tracked'] = torch.tensor(3)
     torch.save({'state_dict': tensors, 'epoch': 3}, tmp_path / 'a.pth')
-    found = weights.convert(model, like, weights.read(tmp_path / 'a.pth')).arrays
+    found = weights.convert(model, like, weights.read(tmp_path / 'a.pth').state).arrays
     np.testing.assert_array_equal(found['params/head/kernel'], there['fc.weight'].T)
     torch.save({'w': torch.ones(2, dtype=torch.bfloat16)}, tmp_path / 'b.pt')
-    assert weights.read(tmp_path / 'b.pt')['w'].read().astype(np.float32).tolist() == [1, 1]
+    assert weights.read(tmp_path / 'b.pt').state['w'].read().astype(np.float32).tolist() == [1, 1]
     torch.save(optax.sgd, tmp_path / 'c.pth')
     with pytest.raises(UserError, match='cannot be read as a PyTorch state dict'):
         weights.read(tmp_path / 'c.pth')
@@ -294,27 +299,82 @@ def test_files_that_are_no_weights_are_refused(tmp_path, name, content, message)
 class Hub:
     """A cache like huggingface_hub's: files named by their SHA-256, links by their names."""
 
-    def __init__(self, root, content):
-        import hashlib
-
-        blob = root / hashlib.sha256(content).hexdigest()
-        blob.write_bytes(content)
-        self.link = root / 'model.safetensors'
-        self.link.symlink_to(blob)
+    def __init__(self, root, **contents):
+        self.root = root
+        for name, content in contents.items():
+            blob = root / hashlib.sha256(content).hexdigest()
+            blob.write_bytes(content)
+            (root / name.replace('_', '.')).symlink_to(blob)
 
     def __call__(self, repository, filename, **_):
-        assert (repository, filename) == ('timm/net', 'model.safetensors')
-        return str(self.link)
+        assert repository == 'timm/net'
+        return str(self.root / filename)
 
 
-def test_a_hubs_weights_are_checked_against_their_digest(tmp_path, monkeypatch):
+def test_a_hubs_weights_are_checked_against_their_digest_and_bring_their_normalisation(
+    tmp_path, monkeypatch
+):
     hub = pytest.importorskip('huggingface_hub')
     model, like, there = model_and_state()
     weights.write(tmp_path / 'a.safetensors', there, {})
     content = (tmp_path / 'a.safetensors').read_bytes()
-    monkeypatch.setattr(hub, 'hf_hub_download', Hub(tmp_path, content))
-    assert weights.convert(model, like, weights.read('hf:timm/net')).arrays.keys() == like.keys()
+    config = b'{"pretrained_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}}'
+    files = Hub(tmp_path, model_safetensors=content, config_json=config)
+    monkeypatch.setattr(hub, 'hf_hub_download', files)
+    found = weights.read('hf:timm/net')
+    assert found.normalization == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+    assert weights.convert(model, like, found.state).arrays.keys() == like.keys()
     blob = (tmp_path / 'model.safetensors').resolve()
     blob.write_bytes(content[:-1] + b'\x01')
     with pytest.raises(UserError, match='is damaged: its SHA-256'):
         weights.read('hf:timm/net')
+
+
+def test_weights_are_evaluated_without_a_run(source, tmp_path, capsys):
+    file = tmp_path / 'weights.safetensors'
+    transfer.export_weights(source.workdir, file)
+    fields = ['--config.model.filters=(4,4)', '--config.model.hidden=(16,)']
+    fields += [f'--config.data.classes={FIVE}', '--config.data.validation=test[:100]']
+    assert main(['evaluate', '--json', *fields, f'--config.model.init_from={file}']) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result['top1'] == pytest.approx(source.metrics['top1']) and result['step'] == 0
+    fields[2] = f'--config.data.classes={OTHERS}'
+    assert main(['evaluate', *fields, f'--config.model.init_from={file}']) == 2
+    assert 'no head for the 4 classes' in capsys.readouterr().err
+    assert main(['evaluate']) == 2
+    assert 'nothing to evaluate' in capsys.readouterr().err
+    assert main(['evaluate', str(source.workdir), '--config.seed=1']) == 2
+    assert 'has its own config' in capsys.readouterr().err
+
+
+def test_the_list_of_models_has_the_published_sizes(capsys):
+    assert main(['models', 'resnet20']) == 0
+    assert '269,722' in capsys.readouterr().out
+    assert main(['models', 'lenet*', '--json']) == 0
+    rows = {row['model']: row for row in json.loads(capsys.readouterr().out)['models']}
+    # 5 x 5 x 1 x 6 x 28 x 28 + 5 x 5 x 6 x 16 x 10 x 10 + 400 x 120 + 120 x 84 + 84 x 10
+    assert rows['lenet5']['flops'] == 2 * (117_600 + 240_000 + 48_000 + 10_080 + 840)
+    assert main(['models', 'resnt']) == 2
+    assert 'Did you mean' in capsys.readouterr().err
+
+
+def test_heads_in_the_middle_follow_the_number_of_classes_too():
+    model = make_model('googlenet', num_classes=3, width=0.06, stem='small')
+    other = make_model('googlenet', num_classes=7, width=0.06, stem='small')
+    like, theirs = (
+        weights.flatten(
+            jax.eval_shape(
+                lambda m=m: m.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+            )
+        )
+        for m in (model, other)
+    )
+    arrays = {k: np.ones(v.shape, v.dtype) for k, v in theirs.items()}
+    there = weights.state_dict(other, weights.unflatten(arrays), 'torchvision')
+    fresh = weights.convert(model, like, state_of(there)).fresh
+    assert {path.rpartition('/')[0] for path in fresh} == {
+        'params/aux1/head', 'params/aux2/head', 'params/head',
+    }  # fmt: skip
+    without = {k: v for k, v in there.items() if not k.startswith('aux')}
+    fresh = weights.convert(model, like, state_of(without)).fresh
+    assert {path.split('/')[1] for path in fresh} == {'aux1', 'aux2', 'head'}

@@ -3,9 +3,11 @@
     python experiments/studies/transfer.py [--seeds=3] [--runs=runs/transfer]
 
 Trains a small ResNet on one half of CIFAR-10's classes, then on the other half with 10, 100 and all
-(5,000) images a class: from scratch, fine-tuned, and as a linear probe. Prints test accuracies (2,000
-images a class... of the five classes: 5,000 in all) as mean +- half of the 95% t-interval over seeds, each with its own source
-network and its own draw of images, and draws transfer.png. What is done already is not done again.
+(5,000) images a class: from scratch, fine-tuned, and as a linear probe. Prints the accuracy on the
+5,000 test images of those classes as mean +- half of the 95% t-interval over seeds, each with its own
+source network and its own draw of images, and draws transfer.png. What is done is not done again.
+
+TODO
 """
 
 import argparse
@@ -109,7 +111,8 @@ def main():
     args = parser.parse_args()
     warnings.simplefilter('ignore')
     if args.grid:
-        return grid(args.runs)
+        grid(args.runs)
+        return
     found = measure(args.seeds, args.runs)
     print(table(found))
     plot(found, args.runs / 'transfer.png')

@@ -1,0 +1,31 @@
+"""AlexNet fitted to 32x32 images on CIFAR-10, with the channels of one of Krizhevsky's two GPUs.
+
+    python -m jaxcls.main --config=experiments/alexnet_cifar.py
+
+TODO
+"""
+
+from jaxcls import config as base
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+def get_config():
+    config = base.get_config()
+    config.epochs = 60.0
+    config.batch_size = 128
+    config.data.name = 'tfds:cifar10'
+    config.data.mean = MEAN
+    config.data.std = STD
+    config.augment = [{'name': 'pad_crop', 'padding': 4}, {'name': 'flip'}]
+    config.model = {
+        'name': 'alexnet_small',
+        'widths': (48, 128, 192, 192, 128),
+        'norm': 'batch',
+        'dropout': 0.2,
+    }
+    config.optimizer = {'name': 'sgd', 'nesterov': True}
+    config.learning_rate = 0.05
+    config.schedule = {'name': 'one_cycle'}
+    config.l2 = 5e-4
+    return config

@@ -1,0 +1,74 @@
+"""Which network learns most in a given time: AlexNet, GoogLeNet or a ResNet, all fitted to 32x32?
+
+    python experiments/studies/same_minutes.py [--minutes=10] [--runs=runs/same_minutes]
+
+Trains each on CIFAR-10 for as many epochs as its own speed allows, measured before on a few steps,
+and with its schedule over those. Prints test accuracy, parameters, FLOPs of an image, epochs and the
+time it took (training alone). One run each: differences of a point say nothing.
+
+TODO
+"""
+
+import argparse
+import math
+import warnings
+from pathlib import Path
+
+from jaxcls import config as config_lib
+from jaxcls import fit, inspection
+
+HERE = Path(__file__).parent.parent
+# Experiment -> what it is given of the recipe that all three share.
+NETWORKS = {
+    'alexnet_cifar': {},
+    'googlenet_cifar': {},
+    'resnet20_cifar': {'schedule': {'name': 'one_cycle'}, 'learning_rate': 0.2, 'l2': 5e-4},
+}
+TRIAL_STEPS = 24
+
+
+def load(name: str, epochs: float, train: str = 'train'):
+    config = config_lib.load_file(HERE / f'{name}.py')
+    for field, value in NETWORKS[name].items():
+        config[field] = value
+    config.epochs = epochs
+    config.data.train = train
+    config.validate_every_epochs = config.checkpoint_every_epochs = epochs
+    return config
+
+
+def images_per_second(name: str, runs: Path) -> float:
+    """Of the second half of a short run."""
+    images = TRIAL_STEPS * 128
+    config = load(name, 1.0, f'train[:{images}]')
+    config.data.validation = 'test[:128]'
+    config.log_every_steps = TRIAL_STEPS // 2
+    records = fit(config, runs / f'trial-{name}').records
+    return [r for r in records if r['kind'] == 'train'][-1]['images_per_second']
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--minutes', type=float, default=10)
+    parser.add_argument('--runs', type=Path, default=Path('runs/same_minutes'))
+    args = parser.parse_args()
+    warnings.simplefilter('ignore')
+    print(
+        f'{"network":<17}{"accuracy":>9}{"parameters":>12}{"MFLOPs":>8}{"epochs":>8}{"minutes":>9}'
+    )
+    for name in NETWORKS:
+        speed = images_per_second(name, args.runs)
+        epochs = round(args.minutes * 60 * speed / 50_000, 2)
+        result = fit(load(name, epochs), args.runs / name)
+        train = [r for r in result.records if r['kind'] == 'train']
+        seconds = math.fsum(r['examples'] / r['images_per_second'] for r in train)
+        size = inspection.summarize(load(name, epochs))
+        print(
+            f'{name:<17}{result.metrics["top1"]:>9.2%}{size["parameters"]:>12,}'
+            f'{size["flops"] / 1e6:>8.0f}{epochs:>8.2f}{seconds / 60:>9.1f}',
+            flush=True,
+        )
+
+
+if __name__ == '__main__':
+    main()
