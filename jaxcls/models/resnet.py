@@ -191,7 +191,7 @@ def squeeze_excite(x, squeeze: int, style: Style):
     """`SqueezeExcite` at the end of a branch, or x itself where `squeeze` is 0."""
     if not squeeze:
         return x
-    return SqueezeExcite(max(1, x.shape[-1] // squeeze), style, name='se')(x)
+    return SqueezeExcite(max(8, x.shape[-1] // squeeze), style, name='se')(x)
 
 
 class ResNet(nn.Module):
@@ -216,8 +216,8 @@ class ResNet(nn.Module):
       groups: of a bottleneck's 3x3 convolution.
       group_width: channels of a group in stage 1, where they double at each stage as well; 0 shares
         the stage's width among the groups.
-      squeeze: factor by which squeeze-and-excitation reduces the channels at the end of a branch; 0
-        is without.
+      squeeze: factor by which squeeze-and-excitation reduces the channels at the end of a branch, to
+        8 at least as in timm; 0 is without.
       zero_init_residual: start every block as its shortcut (Goyal 2017).
       dropout: rate before the last convolution of every block.
       drop_path: rate of dropping the branch of the last block; from the first block on it grows
@@ -383,7 +383,7 @@ REFERENCES = {
         _ZAGORUYKO, 36_479_194, **_ON_CIFAR, top1=96.0, source='CIFAR-10, Zagoruyko 2016'
     ),
     'resnext50_32x4d': Reference(_XIE, 25_028_904, top1=77.62, source=_TV),
-    'se_resnet18': Reference(_HU, 11_778_592),
+    'se_resnet18': Reference(_HU, 11_779_624),
     'se_resnet50': Reference(_HU, 28_088_024, top1=76.71, source='Hu 2018'),
 }
 
