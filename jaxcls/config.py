@@ -401,11 +401,19 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """The config out of `to_json`: lists of plain values are tuples again. ValueError if it is none."""
+    """The config out of `to_json`: lists of plain values are tuples again. ValueError if it is none.
+
+    Fields that it lacks, because an older version wrote it, have their defaults: those are neutral.
+    """
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError(f'a config is a dict of fields, not {type(value).__name__}')
-    return ConfigDict(_tuples(value))
+    config, defaults = ConfigDict(_tuples(value)), get_config()
+    for part, known in ((config, defaults), (config.get('data', {}), defaults.data)):
+        for field in known:
+            if field not in part and field not in (*SECTIONS, 'augment', 'data'):
+                part[field] = known[field]
+    return config
 
 
 def _tuples(value: Any, key: str = '') -> Any:

@@ -241,3 +241,12 @@ def test_config_files_with_mistakes(tmp_path):
     path.write_text('def get_config(): return {}')
     with pytest.raises(UserError, match='returned dict, not a ConfigDict'):
         config_lib.load_file(path)
+
+
+def test_a_config_of_an_older_version_has_the_defaults_of_fields_it_lacks():
+    old = json.loads(config_lib.to_json(config_lib.get_config()))
+    del old['freeze'], old['data']['per_class']
+    read = config_lib.from_json(json.dumps(old))
+    assert config_lib.differences(config_lib.get_config(), read) == {}
+    with pytest.raises(UserError, match='augment is missing'):
+        config_lib.validate(config_lib.from_json('{"model": {"name": "mlp"}}'))
