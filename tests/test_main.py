@@ -227,9 +227,10 @@ def test_a_mistake_is_one_message_and_nothing_compiled(
     'argv',
     [
         ['tarin'],
-        ['evaluate'],
         ['predict', 'x'],
-        ['evaluate', 'x', '--config.seed=1'],
+        ['predict', 'x', 'y.png', '--config.seed=1'],
+        ['few-shot'],
+        ['export-weights', 'x'],
         ['--wrkdir=x'],
     ],
 )
