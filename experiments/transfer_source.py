@@ -12,7 +12,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 def get_config():
     config = base.get_config()
-    config.epochs = 8.0
+    config.epochs = 6.0
     config.batch_size = 128
     config.data.name = 'tfds:cifar10'
     config.data.classes = (0, 2, 4, 6, 8)  # airplane, bird, deer, frog, ship

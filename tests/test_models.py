@@ -235,14 +235,30 @@ def test_every_kind_of_network_has_a_tiny_one():
 @pytest.mark.parametrize('kind', TINY)
 def test_every_kind_of_network_runs_in_bfloat16_close_to_float32(kind):
     model, variables = tiny(kind)
-    narrow = model.clone(dtype=jnp.bfloat16)
     images = tiny_images(kind)
-    logits, wide = (
-        quick_jit(lambda v, x, m=m: m.apply(v, x, train=False)[0])(variables, images)
-        for m in (narrow, model)
+    (logits, _), (wide, features) = (
+        quick_jit(lambda v, x, m=m: m.apply(v, x, train=False))(variables, images)
+        for m in (model.clone(dtype=jnp.bfloat16), model)
     )
     assert logits.dtype == jnp.float32 and jnp.isfinite(logits).all()
     assert relative_error(logits, wide) < 0.1
+    # The head is the only thing between 'pooled' and the logits: another one can take its place.
+    head = variables['params']['head']
+    linear = features['pooled'] @ head['kernel'] + head.get('bias', 0)
+    scale = getattr(model, 'logit_scale', 1.0)
+    np.testing.assert_allclose(wide, scale * linear, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('kind', TINY)
+def test_every_kind_of_network_takes_images_of_other_sizes(kind):
+    model, side = tiny(kind)[0], SIDES.get(kind, 16)
+    for height, width in ((side + 8, side + 8), (side + 4, side)):
+        variables = shapes_of(model, (2, height, width, 3))
+        images = jax.ShapeDtypeStruct((2, height, width, 3), jnp.float32)
+        apply = functools.partial(model.apply, train=False)
+        logits, features = jax.eval_shape(apply, variables, images)
+        assert logits.shape == (2, 3)
+        assert features['pooled'].shape == (2, variables['params']['head']['kernel'].shape[0])
 
 
 def test_eval_of_an_example_does_not_depend_on_its_batch():

@@ -191,3 +191,25 @@ def test_penalties_are_added_to_the_loss():
     kernels = [np.asarray(p) for p in jax.tree.leaves(params) if p.ndim > 1]
     expected = sum(0.01 * np.abs(k).sum() + 0.05 * (k**2).sum() for k in kernels)
     np.testing.assert_allclose(decayed - plain, expected, rtol=1e-4)
+
+
+def test_heads_in_the_middle_count_in_the_loss_and_not_in_the_metrics():
+    model = make_model('googlenet', num_classes=CLASSES, width=0.06, stem='small', dropout=0.0)
+    model = model.clone(aux_dropout=0.0, aux_weight=0.3)
+    images = np.random.default_rng(0).standard_normal((4, 16, 16, 1)).astype(np.float32)
+    variables = model.init(jax.random.key(0), images)
+    target = jax.nn.one_hot(np.arange(4) % CLASSES, CLASSES)
+    batch = {
+        'image': images,
+        'target': target,
+        'label': target.argmax(-1),
+        'mask': np.ones(4, bool),
+    }
+    loss = losses.make_loss(name='cross_entropy')
+    objective = steps.make_objective(model, loss)
+    total, aux = objective(variables['params'], variables['batch_stats'], batch, jax.random.key(1))
+    (logits, features), _ = model.apply(variables, images, train=True, mutable=['batch_stats'])
+    middle = [loss(features[f'aux_logits{i}'], target).mean() for i in (1, 2)]
+    main = loss(logits, target).mean()
+    np.testing.assert_allclose(total, main + 0.3 * sum(middle), rtol=1e-5)
+    np.testing.assert_allclose(aux['sums']['loss'] / 4, main, rtol=1e-5)

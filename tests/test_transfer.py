@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -159,6 +160,43 @@ def test_schedule_free_methods_refuse_both():
 def test_embeddings_and_tokens_do_not_decay():
     params = {'position_embedding': np.ones((1, 5, 2)), 'head': {'kernel': np.ones((2, 2))}}
     assert optimizers.decay_mask(params) == {'position_embedding': False, 'head': {'kernel': True}}
+
+
+def test_a_run_goes_on_without_what_it_started_from(source, tmp_path):
+    moved = tmp_path / 'source'
+    shutil.copytree(source.workdir, moved)
+    config = small(model={'init_from': str(moved)}, checkpoint_every_epochs=0.3)
+
+    class Stop(Exception):
+        pass
+
+    def stop(event):
+        if event['kind'] == 'checkpoint':
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit(config, tmp_path / 'run', stop)
+    shutil.rmtree(moved)
+    events = []
+    resumed = fit(config, tmp_path / 'run', events.append)
+    assert not [event for event in events if event['kind'] == 'begin']
+    assert int(resumed.state.step) == int(source.state.step)
+
+
+def test_a_model_that_starts_from_data_is_given_them_as_it_sees_them(tmp_path):
+    model = {'name': 'dbn', 'hidden': (16, 8), 'pretrain_epochs': 2, 'pretrain_batch_size': 50}
+    config = small(data={'mean': (0.0,), 'std': (1.0,)}, learning_rate=1e-12, ema_decay=0.5)
+    config.model = model
+    events = []
+    state = fit(config, tmp_path / 'run', events.append).state
+    begun = [event for event in events if event['kind'] == 'begin']
+    assert [(e['layer'], e['epoch']) for e in begun] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    plain = experiment_lib.init(
+        experiment_lib.build(experiment_lib.resolve(config), (8, 8, 1), 5, 300), config.seed
+    )
+    changed = jax.tree.map(lambda a, b: not np.allclose(a, b), state.params, plain.params)
+    assert all(jax.tree.leaves(changed['hidden1'])) and not any(jax.tree.leaves(changed['head']))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.ema, state.params)
 
 
 # Features and files
