@@ -2,10 +2,11 @@
 
     python -m jaxcls.main --config=experiments/dbn_mnist.py
 
-The same net from random weights: --config.model.pretrain_epochs=0. Pixels only: no augmentation, no
-convolution. The paper's 1.25% test error is of an up-down fine-tuning that this is not.
-
-TODO
+Hardware: 2 CPU cores. Time: 15 epochs of each RBM and 10 of fine-tuning, 5 to 7 minutes beside other
+work. Test accuracy: 98.68% +- 0.14 (95% interval of the mean, 3 runs, seeds 0 to 2): an error of
+1.32%. The same net from random weights, --config.model.pretrain_epochs=0, has 96.47% +- 0.08 after
+as many epochs of the same (3 runs): sigmoids are slow to learn from there. Pixels only, no
+augmentation. The paper's 1.25% is of another fine-tuning (up-down, with the labels in the top RBM).
 """
 
 from jaxcls import config as base
