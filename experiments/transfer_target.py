@@ -4,8 +4,8 @@
     python -m jaxcls.main --config=experiments/transfer_target.py
 
 From scratch: --config.model.init_from= (and the source's learning rate). A linear probe, with all but
-the head as it was: --config.freeze='^(?!head)' --config.model.norm=frozen_batch. Both halves, three
-sizes of training set and intervals: experiments/studies/transfer.py.
+the head as it was: --config.freeze='^(?!head)' --config.model.norm=frozen_batch. Three sizes of
+training set and intervals: experiments/studies/transfer.py.
 
 TODO
 """

@@ -99,20 +99,7 @@ def _choose(
     labels: np.ndarray, kept: dict[int, str], split: str, per_class: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The examples of the classes that `kept` names by index, in order, and their new labels."""
-    places = {k: np.flatnonzero(labels == k) for k in kept}
-    fewest = min(kept, key=lambda k: len(places[k]))
-    if len(places[fewest]) < per_class:
-        raise UserError(
-            f'config.data.per_class is {per_class:,}; class {kept[fewest]!r} has only '
-            f'{len(places[fewest]):,} examples in {split!r}. Set fewer, or name the other classes in '
-            'config.data.classes.'
-        )
-    if per_class:  # RandomState: NumPy keeps its stream for good
-        draw = {
-            k: np.random.RandomState([seed, k]).permutation(found) for k, found in places.items()
-        }
-        places = {k: found[:per_class] for k, found in draw.items()}
-    indices = np.sort(np.concatenate(list(places.values())))
+    indices = draw(labels, kept, per_class, seed, split)
     if not len(indices):
         raise UserError(
             f'Split {split!r} has no example of config.data.classes {tuple(kept)}: '
@@ -121,6 +108,32 @@ def _choose(
     relabelled = np.zeros(max(kept) + 1, np.int32)
     relabelled[list(kept)] = np.arange(len(kept))
     return indices, relabelled[labels[indices]]
+
+
+def draw(
+    labels: np.ndarray, kept: dict[int, str], per_class: int, seed: int, split: str
+) -> np.ndarray:
+    """The examples of some classes, or `per_class` drawn from each: sorted indices into `labels`.
+
+    Args:
+      kept: the classes' names by label.
+      split: its name, for the message.
+
+    Raises:
+      UserError: a class has fewer.
+    """
+    places = {k: np.flatnonzero(labels == k) for k in kept}
+    fewest = min(kept, key=lambda k: len(places[k]))
+    if len(places[fewest]) < per_class:
+        raise UserError(
+            f'{per_class:,} examples a class are asked for (config.data.per_class, --shots), and class '
+            f'{kept[fewest]!r} has only {len(places[fewest]):,} in {split!r}. Take fewer, or name the '
+            'other classes in config.data.classes.'
+        )
+    if per_class:  # RandomState: NumPy keeps its stream for good
+        drawn = (np.random.RandomState([seed, k]).permutation(found) for k, found in places.items())
+        places = {k: found[:per_class] for k, found in zip(kept, drawn, strict=True)}
+    return np.sort(np.concatenate(list(places.values())))
 
 
 class Description(NamedTuple):

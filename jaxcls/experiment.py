@@ -273,7 +273,8 @@ def make_start(
 
     Weights are found and checked now, before anything is allocated or compiled. A model that starts
     from data has `start_examples`, how many images it wants (0: all), and `start_from_data(key,
-    params, images, report) -> params`, on images as it sees them.
+    params, images, report) -> params`, on images as it sees them; it may have `check_pixels(low,
+    high)`, which raises a UserError for a range of their values that it cannot use.
 
     Args:
       report: is told what happens, in dicts.
@@ -283,9 +284,12 @@ def make_start(
     """
     config, model = experiment.config, experiment.model
     if config.model.init_from:
-        return _start_from_weights(experiment, abstract, report)
+        return _start_from_weights(experiment, abstract, reader.split.class_names, report)
     if not hasattr(model, 'start_from_data'):
         return None
+    if hasattr(model, 'check_pixels'):
+        mean, std = np.array(config.data.mean), np.array(config.data.std)
+        model.check_pixels(np.min(-mean / std), np.max((1 - mean) / std))
 
     def start(variables):
         images = _training_images(config, reader, model.start_examples)
@@ -307,7 +311,7 @@ def _training_images(config: ConfigDict, reader: pipeline.Reader, count: int) ->
     return np.stack([reader(int(i))[0] for i in order])
 
 
-def _start_from_weights(experiment, abstract, report) -> Callable[[Any], Any]:
+def _start_from_weights(experiment, abstract, class_names, report) -> Callable[[Any], Any]:
     config = experiment.config
     source, data = config.model.init_from, config.data
     like = {'params': abstract.params, 'batch_stats': abstract.batch_stats}
@@ -315,11 +319,20 @@ def _start_from_weights(experiment, abstract, report) -> Callable[[Any], Any]:
     found = weights.convert(
         experiment.model, weights.flatten(like), theirs.state, config.model.new_head
     )
-    if theirs.normalization and theirs.normalization != (data.mean, data.std):
-        mean, std = theirs.normalization
+    channels = experiment.image_shape[2]
+    ours = tuple(np.broadcast_to(values, channels).tolist() for values in (data.mean, data.std))
+    known = theirs.normalization
+    if known and [np.broadcast_to(v, channels).tolist() for v in known] != [*ours]:
         warnings.warn(
-            f'{source} was trained on images of mean {mean} and std {std}, and config.data has '
+            f'{source} was trained on images of mean {known[0]} and std {known[1]}, and config.data has '
             f'{data.mean} and {data.std}: set config.data.mean and std to its own.',
+            stacklevel=2,
+        )
+    kept_head = not any(map(weights.is_head, found.fresh))
+    if kept_head and theirs.class_names and theirs.class_names != class_names:
+        warnings.warn(
+            f'The head of {source} is for the classes {_some(theirs.class_names)}, and the data have '
+            f'{_some(class_names)}: set config.model.new_head=True to train another.',
             stacklevel=2,
         )
     report({'loaded': len(found.arrays), 'source': source, 'fresh': found.fresh})
@@ -341,7 +354,11 @@ def _weights_of_run(source: str) -> weights.Weights | None:
     flat = weights.flatten(jax.device_get(run.variables))
     state = {k: weights.Tensor(a.shape, a.dtype, lambda a=a: a) for k, a in flat.items()}
     data = run.experiment.config.data
-    return weights.Weights(state, (data.mean, data.std))
+    return weights.Weights(state, (data.mean, data.std), run.class_names)
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return f'{", ".join(names[:5])}{", ..." if len(names) > 5 else ""}'
 
 
 def abstract_checkpoint(experiment: Experiment, mesh: Mesh) -> tuple[steps.TrainState, Any]:
@@ -401,8 +418,11 @@ def open_run(directory: str | Path, checkpoint: str = 'latest') -> Run:
     return Run(experiment, variables, restored.step, tuple(data['class_names']), mesh)
 
 
-def open_weights(config: ConfigDict) -> Run:
+def open_weights(config: ConfigDict, split: str = '') -> Run:
     """A config's network with the weights of `config.model.init_from`, as if trained: at step 0.
+
+    Args:
+      split: whose classes they are for; '' is the config's validation split.
 
     Raises:
       UserError: no weights given, or they fit neither the network nor the number of classes.
@@ -414,14 +434,14 @@ def open_weights(config: ConfigDict) -> Run:
             'There is nothing to evaluate: give the directory of a run, or trained weights by '
             '--config.model.init_from.'
         )
-    split = load_split(config, config.data.validation)
+    split = load_split(config, split or config.data.validation)
     reader, mesh = make_reader(config, split, train=False), sharding.make_mesh()
     classes = len(split.class_names)
     experiment = build(config, reader.shape, classes, max(len(split.source), 1))
     abstract = abstract_state(experiment, mesh)
     events = []
     start = make_start(experiment, abstract, reader, events.append)
-    fresh = [path for path in events[0]['fresh'] if '/aux' not in path]
+    fresh = [path for path in events[0]['fresh'] if not weights.is_auxiliary(path)]
     if fresh:
         raise UserError(
             f'{source} has no head for the {classes} classes of {config.data.name} '

@@ -26,7 +26,8 @@ def summarize(config: ConfigDict) -> dict[str, Any]:
     """Layers, parameters, FLOPs and memory of a config's network; the data are not read.
 
     Returns:
-      `model`, `image_shape`, `num_classes`, `parameters`, `flops` (of one image forward),
+      `model`, `image_shape`, `num_classes`, `parameters`, `flops` (of one image forward, see
+      `count_flops`),
       `state_bytes` (parameters, statistics, optimiser state), `activation_bytes` (what the forward
       pass of one batch keeps for the backward pass, before XLA saves some), and `layers`, a dict each.
     """
@@ -36,7 +37,6 @@ def summarize(config: ConfigDict) -> dict[str, Any]:
     state = jax.eval_shape(lambda: experiment_lib.init(experiment, 0))
     image = jax.ShapeDtypeStruct((1, *shape), jnp.uint8)
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
-    forward = jax.jit(experiment.predict).lower(variables, image)
     sizes = {
         jax.tree_util.keystr(path, simple=True, separator='/'): leaf.shape
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
@@ -47,7 +47,7 @@ def summarize(config: ConfigDict) -> dict[str, Any]:
         'num_classes': num_classes,
         'batch_size': config.batch_size,
         'parameters': sum(int(np.prod(size)) for size in sizes.values()),
-        'flops': int(forward.cost_analysis()['flops']),
+        'flops': count_flops(experiment.predict, variables, image),
         'state_bytes': _bytes(state),
         'activation_bytes': _activation_bytes(experiment, state),
         'layers': _layers(experiment, state),

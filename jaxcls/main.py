@@ -67,7 +67,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.overrides = overrides
     if overrides and not hasattr(args, 'config') and args.command != 'few-shot':
-        parser.error(f'{args.command} takes its config from the run; leave out --config.*')
+        parser.error(f'{args.command} does not take --config fields; leave out {overrides[0][0]!r}')
     return args
 
 
@@ -230,6 +230,8 @@ def _run_evaluate(args) -> int:
         raise UserError(
             f'{args.workdir} has its own config: leave out --config, or the directory of the run.'
         )
+    if not args.workdir and args.checkpoint != 'latest':
+        raise UserError(f'--checkpoint={args.checkpoint} is of a run; give its directory.')
     config = None if args.workdir else _load_config(args)
     _start()
     from jaxcls import evaluation, experiment
@@ -237,7 +239,7 @@ def _run_evaluate(args) -> int:
     if args.workdir:
         run = experiment.open_run(args.workdir, args.checkpoint)
     else:
-        run = experiment.open_weights(config)
+        run = experiment.open_weights(config, args.split)
     result = evaluation.evaluate_run(run, args.split)
     if args.json:
         _print_json(result)
@@ -338,9 +340,9 @@ def _run_models(args) -> int:
     if args.json:
         _print_json({'models': list(rows)})
         return 0
-    print(inspection.MODELS_HEADER)
-    for row in rows:
-        print(inspection.model_line(row), flush=True)
+    for i, row in enumerate(rows):
+        header = '' if i else f'{inspection.MODELS_HEADER}\n'
+        print(header + inspection.model_line(row), flush=True)
     return 0
 
 

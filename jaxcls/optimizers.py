@@ -303,6 +303,13 @@ OPTIMIZERS = {
     'yogi': _decayed(optax.yogi),
 }
 
+# Methods that would catch up with what is taken off their steps.
+_SCHEDULE_FREE = ('schedule_free_adamw', 'schedule_free_sgd')
+_MOVE_TOGETHER = {
+    'freeze': _SCHEDULE_FREE,
+    'layer_decay': (*_SCHEDULE_FREE, 'cocob', 'dadapt_adamw', 'madgrad', 'mechanic_adam'),
+}
+
 _BELOW_ONE = ('adam_b1', 'adam_b2', 'b1', 'b2', 'b3', 'beta', 'betas', 'decay', 'momentum', 'rho')
 
 
@@ -347,11 +354,13 @@ def make_optimizer(
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
     adaptive = optax.adaptive_grad_clip(adaptive_clip) if adaptive_clip else optax.identity()
     tx = optax.chain(clip, adaptive, build(schedule, weight_decay))
-    if (freeze or layer_decay != 1) and name.startswith('schedule_free'):
-        raise UserError(
-            f'optimizer {name!r} moves all parameters together: it goes with neither freeze nor '
-            "layer_decay. Take 'adamw' or 'sgd'."
-        )
+    refused = {'freeze': bool(freeze), 'layer_decay': layer_decay != 1}
+    for field in (field for field, given in refused.items() if given):
+        if name in _MOVE_TOGETHER[field]:
+            raise UserError(
+                f'optimizer {name!r} does not go with {field}: it takes each step from where its own '
+                "steps alone would have led. Take 'adamw' or 'sgd'."
+            )
     if layer_decay != 1:
         tx = optax.chain(tx, _scale_layers(layers, layer_decay))
     if freeze:

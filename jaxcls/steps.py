@@ -155,7 +155,11 @@ def accumulated_gradients(accumulate_steps: int, gradients: Callable = plain_gra
             lambda x: jnp.zeros(x.shape, jnp.float32 if x.dtype == jnp.bfloat16 else x.dtype),
             ((loss, grads), aux['sums'], jax.ShapeDtypeStruct((), jnp.float32)),
         )
-        (batch_stats, total), _ = jax.lax.scan(body, (batch_stats, zero), (parts, keys))
+        # On CPU, XLA's convolutions are slow inside a loop.
+        unroll = accumulate_steps if jax.default_backend() == 'cpu' else 1
+        (batch_stats, total), _ = jax.lax.scan(
+            body, (batch_stats, zero), (parts, keys), unroll=unroll
+        )
         weighted, sums, count = total
         count = jnp.maximum(count, 1)
         loss, grads = jax.tree.map(lambda x: x / count, weighted)

@@ -3,6 +3,8 @@
 Fine-tuning needs nothing of this: it is training with `config.model.init_from`.
 """
 
+import contextlib
+import dataclasses
 import functools
 import json
 import warnings
@@ -14,10 +16,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxcls import augment, datasets, loaders, metrics, pipeline, registry, sources, steps, weights
 from jaxcls import config as config_lib
-from jaxcls import datasets, metrics, pipeline, steps, weights
 from jaxcls import experiment as experiment_lib
 from jaxcls.errors import UserError
+from jaxcls.models import MODELS
 
 
 def extract(run: experiment_lib.Run, config: ConfigDict, split: datasets.Split):
@@ -39,6 +42,7 @@ def extract(run: experiment_lib.Run, config: ConfigDict, split: datasets.Split):
             f'The images are {list(reader.shape)}, and the run was trained on '
             f"{list(run.experiment.image_shape)}: set --config.data.image_size to the run's size."
         )
+    augment.check_normalization(config.data.mean, config.data.std, reader.shape[2])
     feed = experiment_lib.make_feed(config, reader, order, run.mesh, count, train=False)
     forward = steps.make_forward(run.experiment.model, config.data.mean, config.data.std)
 
@@ -48,9 +52,10 @@ def extract(run: experiment_lib.Run, config: ConfigDict, split: datasets.Split):
         features = forward(variables, batch['image'])[1]['pooled']
         return features.astype(np.float32), batch['label'], batch['mask']
 
-    parts = [
-        jax.device_get(pooled(run.variables, feed.data, feed.items(i, 1))) for i in range(count)
-    ]
+    with contextlib.closing(feed):
+        parts = [
+            jax.device_get(pooled(run.variables, feed.data, feed.items(i, 1))) for i in range(count)
+        ]
     features, labels, mask = (np.concatenate(column) for column in zip(*parts, strict=True))
     return features[mask], labels[mask]
 
@@ -99,22 +104,28 @@ def few_shot(
         raise UserError(
             f'--shots {" ".join(map(str, shots))} and --seeds {seeds}: both must be at least 1.'
         )
+    _check_overrides(overrides)
     run = experiment_lib.open_run(workdir, checkpoint)
     config = ConfigDict(run.experiment.config.to_dict())
     config_lib.apply_overrides(config, overrides, experiment_lib.TABLES)
+    config.data.per_class = 0
     config = experiment_lib.resolve(config)
     validation = experiment_lib.load_split(config, config.data.validation)
+    train = experiment_lib.load_split(config, config.data.train)
+    labels, names = sources.read_labels(train.source), dict(enumerate(train.class_names))
+    draw = functools.partial(datasets.draw, labels, names, split=config.data.train)
+    rows = {(n, s): draw(n, config.seed + s) for n in shots for s in range(seeds)}
+    used = np.unique(np.concatenate(list(rows.values())))
+    features, labels = extract(run, config, _part(train, used, labels))
     test = extract(run, config, validation)
 
-    def draw(per_class, seed):
-        changed = ConfigDict(config.to_dict())
-        changed.seed, changed.data.per_class = config.seed + seed, per_class
-        train = experiment_lib.load_split(changed, changed.data.train)
-        return ridge_accuracy(extract(run, changed, train), test)
+    def accuracy(per_class, seed):
+        places = np.searchsorted(used, rows[per_class, seed])
+        return ridge_accuracy((features[places], labels[places]), test)
 
     results = []
     for per_class in shots:
-        draws = [draw(per_class, seed) for seed in range(seeds)]
+        draws = [accuracy(per_class, seed) for seed in range(seeds)]
         half_width = metrics.mean_interval(draws)[1] if seeds > 1 else None
         results.append(
             {
@@ -132,6 +143,23 @@ def few_shot(
     }
 
 
+def _check_overrides(overrides: Sequence[tuple[str, str]]):
+    for field, _ in overrides:
+        if not field.startswith('data.') and field not in ('seed', 'batch_size'):
+            raise UserError(
+                f'--config.{field}: the network is trained already. few-shot takes fields of '
+                '--config.data, --config.seed and --config.batch_size.'
+            )
+
+
+def _part(split: datasets.Split, rows: np.ndarray, labels: np.ndarray) -> datasets.Split:
+    return dataclasses.replace(
+        split,
+        source=sources.subset(split.source, rows, labels[rows]),
+        fingerprint=loaders.digest([split.fingerprint, rows.tolist()]),
+    )
+
+
 def export_weights(
     workdir: str | Path, path: str | Path, scheme: str = 'jaxcls', checkpoint: str = 'latest'
 ) -> dict[str, Any]:
@@ -147,7 +175,7 @@ def export_weights(
       `path`, `arrays` (their number), `parameters`, `model`, `scheme`.
 
     Raises:
-      UserError: no run, a file of that name, or a network that the other library does not have.
+      UserError: no run, a file of that name, or parts that the other library has no name for.
     """
     if Path(path).suffix != '.safetensors':
         raise UserError(f'{path} must end in .safetensors, the format that is written.')
@@ -155,12 +183,14 @@ def export_weights(
     config = run.experiment.config
     variables = jax.device_get(run.variables)
     state = weights.state_dict(run.experiment.model, variables, scheme)
+    if scheme != 'jaxcls':
+        _warn_of_changes(config.model, scheme)
     metadata = {
         'format': 'pt',
         'model': config.model.name,
         'mean': json.dumps(config.data.mean),
         'std': json.dumps(config.data.std),
-        'class_names': '\n'.join(run.class_names),
+        'class_names': json.dumps(run.class_names),
     }
     weights.write(path, state, metadata)
     return {
@@ -170,3 +200,22 @@ def export_weights(
         'arrays': len(state),
         'parameters': sum(leaf.size for leaf in jax.tree.leaves(variables['params'])),
     }
+
+
+def _warn_of_changes(model: ConfigDict, scheme: str):
+    """Warns of fields that change what is computed and not which arrays there are."""
+    published = registry.defaults(MODELS[model.name])
+    same = {'batch': 'batch', 'frozen_batch': 'batch'}
+    changed = [
+        f'{field}={model[field]!r} ({default!r} as published)'
+        for field, default in published.items()
+        if (isinstance(default, (str, bool)) or field == 'norm_epsilon')
+        and not field.endswith('_init')
+        and same.get(model[field], model[field]) != default
+    ]
+    if changed:
+        warnings.warn(
+            f'The arrays have the names of {scheme}; its {model.name} computes something else, unless it '
+            f'is built with {", ".join(changed)}.',
+            stacklevel=3,
+        )

@@ -4,6 +4,7 @@ A family's rule table (`NAMES` in its file under models/) says what each of our 
 elsewhere. The same rows serve both directions, so what is read can be written back bit for bit.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -52,10 +53,12 @@ class Weights(NamedTuple):
     Attributes:
       state: arrays by their names there.
       normalization: (mean, std) per channel of the images that they were trained on, where it is known.
+      class_names: of the head, where they are known.
     """
 
     state: State
     normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 def flatten(variables: Any) -> Flat:
@@ -127,7 +130,9 @@ def _safetensors(path: Path) -> Weights:
             return np.asarray(other.get_tensor(name))
 
     state = {name: tensor(name) for name in file.keys()}  # noqa: SIM118
-    return Weights(state, _normalization(file.metadata() or {}))
+    metadata = file.metadata() or {}
+    names = json.loads(metadata.get('class_names', 'null'))
+    return Weights(_unwrapped(state), _normalization(metadata), names and tuple(names))
 
 
 def _normalization(known: Mapping[str, Any]):
@@ -152,22 +157,47 @@ def _torch(path: Path) -> State:
         recent = zipfile.is_zipfile(path)  # PyTorch's older format cannot be mapped
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=recent)
     except Exception as error:  # zip, pickle and torch raise all kinds
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f'{path} cannot be read as a PyTorch state dict: {reason}') from None
-    for key in ('state_dict', 'model'):  # what trainers wrap it in
+        reason = 'it holds more than tensors, such as a whole model'
+        if 'weights_only' not in str(error).lower():
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f'{path} cannot be read as a PyTorch state dict: {reason}. Save model.state_dict().'
+        ) from None
+    for key in _WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not (isinstance(state, dict) and all(isinstance(v, torch.Tensor) for v in state.values())):
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not (named and state and all(isinstance(v, torch.Tensor) for v in state.values())):
         raise UserError(f'{path} holds no state dict (names to tensors); save model.state_dict().')
+    dtypes = {getattr(torch, name): name for name in _TORCH_DTYPES}
 
-    def tensor(value):
-        if value.dtype == torch.bfloat16:
-            dtype, read_ = np.dtype(ml_dtypes.bfloat16), lambda: value.view(torch.uint16).numpy()
-            return Tensor(tuple(value.shape), dtype, lambda: read_().view(dtype))
-        dtype = np.dtype(str(value.dtype).removeprefix('torch.'))
-        return Tensor(tuple(value.shape), dtype, value.numpy)
+    def tensor(name, value):
+        if value.dtype not in dtypes or value.layout != torch.strided or value.is_meta:
+            raise UserError(
+                f'{name} in {path} is a {value.layout} tensor of {value.dtype}; expected a plain one of '
+                'floats or integers.'
+            )
+        dtype = np.dtype(dtypes[value.dtype])
+        raw = value.detach().view(torch.uint16) if dtype == ml_dtypes.bfloat16 else value.detach()
+        return Tensor(tuple(value.shape), dtype, lambda: raw.numpy().view(dtype))
 
-    return {name.removeprefix('module.'): tensor(value) for name, value in state.items()}
+    return _unwrapped({name: tensor(name, value) for name, value in state.items()})
+
+
+_TORCH_DTYPES = (
+    'float64', 'float32', 'float16', 'bfloat16', 'int64', 'int32', 'int16', 'int8', 'uint8', 'bool',
+)  # fmt: skip
+# What trainers keep a state dict under, and what wrappers (parallel, compiled, Lightning) put before
+# every name.
+_WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+_PREFIXES = ('module.', '_orig_mod.', 'model.')
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in _PREFIXES:
+        if state and all(name.startswith(prefix) for name in state):
+            return _unwrapped({name.removeprefix(prefix): leaf for name, leaf in state.items()})
+    return state
 
 
 def _download(repository: str, revision: str, file: str = 'model.safetensors') -> Path:
@@ -211,7 +241,7 @@ def _published_normalization(repository: str, revision: str):
         known = json.loads(_download(repository, revision, 'config.json').read_text())
     except (UserError, OSError, ValueError):
         return None
-    return _normalization(known.get('pretrained_cfg', known))
+    return _normalization(known.get('pretrained_cfg', known)) if isinstance(known, dict) else None
 
 
 # Names
@@ -325,7 +355,7 @@ class Converted(NamedTuple):
 def convert(model: nn.Module, like: Flat, state: State, new_head: bool = False) -> Converted:
     """Finds our leaves in a state dict, checks all of them and only then reads them.
 
-    A head for another number of classes stays fresh, and so do auxiliary heads that the weights lack.
+    A head stays fresh where the weights have one for another number of classes, or none.
     Position embeddings of another image size are interpolated.
 
     Args:
@@ -341,12 +371,11 @@ def convert(model: nn.Module, like: Flat, state: State, new_head: bool = False) 
 
     def is_fresh(path):
         name, transform = table[path]
-        if _AUXILIARY.fullmatch(path) and name not in state:
-            return True
-        if not _HEAD.fullmatch(path):
-            return False
-        expected = _shape_there(like[path], transform)
-        return new_head or (name in state and _other_classes(expected, state[name].shape))
+        if name not in state:
+            return bool(_AUXILIARY.fullmatch(path) or _HEAD.fullmatch(path))
+        return bool(_HEAD.fullmatch(path)) and (
+            new_head or _other_classes(like[path], state[name], transform)
+        )
 
     fresh = [path for path in like if is_fresh(path)]
     wanted = {path: leaf for path, leaf in like.items() if path not in fresh}
@@ -354,10 +383,12 @@ def convert(model: nn.Module, like: Flat, state: State, new_head: bool = False) 
     return Converted({p: _read(leaf, *table[p], state) for p, leaf in wanted.items()}, fresh)
 
 
-def _other_classes(ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
-    """Whether two heads, [K, ...] or [..., K], differ in the number of classes and in nothing else."""
-    differing = [a != b for a, b in zip(ours, theirs, strict=False)]
-    return len(ours) == len(theirs) and sum(differing) == 1 and (differing[0] or differing[-1])
+def _other_classes(leaf: Any, tensor: Tensor, transform: Transform) -> bool:
+    """Whether a leaf of a head, [..., K], differs in the number of classes and in nothing else."""
+    if len(tensor.shape) != len(_shape_there(leaf, transform)):
+        return False
+    theirs = transform.to_ours(np.broadcast_to(np.zeros((), np.float32), tensor.shape), leaf.shape)
+    return theirs.shape[:-1] == leaf.shape[:-1] and theirs.shape[-1] != leaf.shape[-1]
 
 
 def _shape_there(leaf: Any, transform: Transform) -> tuple[int, ...]:
@@ -430,6 +461,16 @@ def _check(wanted: Flat, table, state: State, used: set[str]):
         )
 
 
+def is_head(path: str) -> bool:
+    """Whether a leaf belongs to the last layer, the one that predictions are made with."""
+    return bool(_HEAD.fullmatch(path)) and not is_auxiliary(path)
+
+
+def is_auxiliary(path: str) -> bool:
+    """Whether a leaf belongs to a head that only training uses."""
+    return bool(_AUXILIARY.fullmatch(path))
+
+
 def _some(items: list[str], limit: int = 8) -> str:
     more = f' and {len(items) - limit} more' if len(items) > limit else ''
     return ', '.join(items[:limit]) + more
@@ -465,6 +506,7 @@ def write(path: str | Path, state: Mapping[str, np.ndarray], metadata: Mapping[s
         arrays = {name: np.ascontiguousarray(array) for name, array in state.items()}
         safetensors.numpy.save_file(arrays, partial, dict(metadata))
         partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
+    except (OSError, safetensors.SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise UserError(f'{path} cannot be written: {error}.') from None

@@ -105,7 +105,8 @@ def _has_begun(workdir: Path) -> bool:
 
 def has_checkpoints(workdir: Path) -> bool:
     """Whether a run in the directory has saved a step."""
-    return any(workdir.glob('checkpoints/[0-9]*'))
+    # Orbax's directories of a save under way begin with the step, too.
+    return any(path.name.isdigit() for path in workdir.glob('checkpoints/*'))
 
 
 def _is_foreign(path: Path) -> bool:

@@ -13,12 +13,12 @@ BLOCKS = {'layers': [1, 1, 1, 1]}
 EVALUATION = [
     Pair('resnet18', tv('resnet18')),
     Pair('resnet50', tm('resnet50', **BLOCKS), SHALLOW),
-    Pair('resnet18d', tm('resnet18d', **BLOCKS), SHALLOW, scheme='timm_d'),
-    Pair('resnet50d', tm('resnet50d', **BLOCKS), SHALLOW, scheme='timm_d'),
+    Pair('resnet18d', tm('resnet18d', **BLOCKS), SHALLOW, scheme='timm'),
+    Pair('resnet50d', tm('resnet50d', **BLOCKS), SHALLOW, scheme='timm'),
     Pair('se_resnet50', tm('seresnet50', **BLOCKS), SHALLOW, scheme='timm'),
     Pair('resnext50_32x4d', tm('resnext50_32x4d', **BLOCKS), SHALLOW),
-    Pair('preact_resnet18', tm('resnetv2_18', **BLOCKS), SHALLOW, scheme='timm_v2'),
-    Pair('preact_resnet50', tm('resnetv2_50', **BLOCKS), SHALLOW, scheme='timm_v2'),
+    Pair('preact_resnet18', tm('resnetv2_18', **BLOCKS), SHALLOW, scheme='timm'),
+    Pair('preact_resnet50', tm('resnetv2_50', **BLOCKS), SHALLOW, scheme='timm'),
 ]
 TRAINING = [EVALUATION[1]._replace(size=32), EVALUATION[4]._replace(size=32)]
 
@@ -34,12 +34,12 @@ def test_a_step_of_sgd_equals_the_reference(pair):
 
 
 TIMM = {
-    'resnet18d': ('resnet18d', 'timm_d'),
-    'resnet34d': ('resnet34d', 'timm_d'),
-    'resnet50d': ('resnet50d', 'timm_d'),
-    'resnet101d': ('resnet101d', 'timm_d'),
-    'preact_resnet18': ('resnetv2_18', 'timm_v2'),
-    'preact_resnet50': ('resnetv2_50', 'timm_v2'),
+    'resnet18d': ('resnet18d', 'timm'),
+    'resnet34d': ('resnet34d', 'timm'),
+    'resnet50d': ('resnet50d', 'timm'),
+    'resnet101d': ('resnet101d', 'timm'),
+    'preact_resnet18': ('resnetv2_18', 'timm'),
+    'preact_resnet50': ('resnetv2_50', 'timm'),
     'se_resnet18': ('seresnet18', 'timm'),
     'se_resnet50': ('seresnet50', 'timm'),
 }

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 
 from jaxcls import config as config_lib
 from jaxcls import experiment as experiment_lib
@@ -149,17 +150,36 @@ def test_frozen_parameters_do_not_count_in_the_norm_that_is_clipped():
     np.testing.assert_array_equal(updates['b'], -grads['b'])
 
 
-def test_schedule_free_methods_refuse_both():
+@pytest.mark.parametrize(
+    ('name', 'field'),
+    [
+        ('schedule_free_sgd', {'freeze': 'a'}),
+        ('schedule_free_adamw', {'layer_decay': 0.5}),
+        ('madgrad', {'layer_decay': 0.5}),
+    ],
+)
+def test_methods_that_would_catch_up_refuse(name, field):
     rate = schedules.make_schedule(
         name='constant', learning_rate=1.0, total_steps=9, steps_per_epoch=9
     )
-    with pytest.raises(UserError, match='neither freeze nor'):
-        optimizers.make_optimizer(name='schedule_free_sgd', schedule=rate, freeze='a')
+    with pytest.raises(UserError, match=f'{name!r} does not go with {next(iter(field))}'):
+        optimizers.make_optimizer(name=name, schedule=rate, **field)
 
 
 def test_embeddings_and_tokens_do_not_decay():
     params = {'position_embedding': np.ones((1, 5, 2)), 'head': {'kernel': np.ones((2, 2))}}
     assert optimizers.decay_mask(params) == {'position_embedding': False, 'head': {'kernel': True}}
+
+
+def test_a_run_that_was_killed_in_its_first_save_still_starts_from_its_weights(source, tmp_path):
+    config = small(model={'init_from': str(source.workdir)})
+    (tmp_path / 'start' / 'checkpoints' / '5.orbax-checkpoint-tmp-0').mkdir(parents=True)
+    for name in ('config.json', 'data.json'):
+        shutil.copy(source.workdir / name, tmp_path / 'start')
+    found, begun = start_of(config, tmp_path)
+    assert begun and np.allclose(
+        found['params/head/kernel'], arrays(source.state)['params/head/kernel']
+    )
 
 
 def test_a_run_goes_on_without_what_it_started_from(source, tmp_path):
@@ -202,7 +222,7 @@ def test_a_model_that_starts_from_data_is_given_them_as_it_sees_them(tmp_path):
 # Features and files
 
 
-def test_few_shot_on_the_runs_own_classes_beats_chance_and_names_its_interval(source, capsys):
+def test_few_shot_on_classes_that_the_run_has_not_seen_beats_chance(source, capsys):
     result = transfer.few_shot(source.workdir, [2, 20], 3, [('data.classes', str(OTHERS))])
     assert result['classes'] == ['5', '6', '7', '8']
     few, many = result['shots']
@@ -210,6 +230,38 @@ def test_few_shot_on_the_runs_own_classes_beats_chance_and_names_its_interval(so
     assert len(set(few['draws'])) > 1
     assert main(['few-shot', str(source.workdir), '--shots', '20', '--seeds', '1']) == 0
     assert '20 examples a class: accuracy' in capsys.readouterr().out
+
+
+def test_few_shot_draws_from_the_training_images_alone(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for name in ('a', 'b'):
+        (tmp_path / 'photos' / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.integers(0, 255, (8, 8, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / 'photos' / name / f'{i}.png')
+    photos = {'name': f'folder:{tmp_path / "photos"}', 'classes': (), 'image_size': 8}
+    config = small(data={**photos, 'train': 'train', 'validation': 'test'}, batch_size=8)
+    fit(config, tmp_path / 'run')
+    seen, extract = [], transfer.extract
+
+    def record(run, config, split):
+        seen.append({str(path) for path in split.source.paths})
+        return extract(run, config, split)
+
+    monkeypatch.setattr(transfer, 'extract', record)
+    transfer.few_shot(tmp_path / 'run', [2, 5], 4)
+    train, test = seen
+    assert train and test and not train & test
+
+
+def test_few_shot_takes_fields_of_the_data_alone(source, capsys):
+    assert main(['few-shot', str(source.workdir), '--config.learning_rate=7']) == 2
+    assert 'the network is trained already' in capsys.readouterr().err
+    assert main(['few-shot', str(source.workdir), '--shots', '9999']) == 2
+    assert '9,999 examples a class' in capsys.readouterr().err
+    wrong = ['--config.data.mean=(0.1,0.2,0.3)', '--config.data.std=(1,1,1)']
+    assert main(['few-shot', str(source.workdir), *wrong]) == 2
+    assert 'Traceback' not in capsys.readouterr().err
 
 
 def test_features_are_those_that_the_head_reads(source):
@@ -236,6 +288,46 @@ def test_exported_weights_start_a_run_bit_for_bit(source, tmp_path, capsys):
     fit(small(model={'init_from': str(file)}), tmp_path / 'run')
     assert main(['export-weights', str(source.workdir), str(file)]) == 2
     assert 'nothing is overwritten' in capsys.readouterr().err
+
+
+def test_the_moving_average_is_what_is_exported(tmp_path):
+    state = fit(small(ema_decay=0.9), tmp_path / 'run').state
+    transfer.export_weights(tmp_path / 'run', tmp_path / 'a.safetensors')
+    found = weights.read(tmp_path / 'a.safetensors').state['params/head/kernel'].read()
+    np.testing.assert_array_equal(found, state.ema['head']['kernel'])
+    assert not np.array_equal(found, state.params['head']['kernel'])
+
+
+def test_an_export_that_cannot_be_written_or_computes_something_else_says_so(tmp_path, capsys):
+    model = {'name': 'resnet18', 'stage_sizes': (1, 1), 'num_filters': 4, 'norm': 'group'}
+    config = small(data={'mean': (0.5,), 'train': 'train[:40]', 'validation': 'test[:20]'})
+    config.model = model
+    fit(config, tmp_path / 'run')
+    with pytest.warns(UserWarning, match=r"built with norm='group' \('batch' as published\)"):
+        transfer.export_weights(tmp_path / 'run', tmp_path / 'a.safetensors', 'torchvision')
+    with pytest.raises(UserError, match='cannot be written'):
+        transfer.export_weights(tmp_path / 'run', tmp_path / 'none' / 'a.safetensors')
+    with pytest.raises(UserError, match="Unknown naming scheme 'pytorch'.*torchvision"):
+        transfer.export_weights(tmp_path / 'run', tmp_path / 'b.safetensors', 'pytorch')
+    assert not (tmp_path / 'b.safetensors').exists()
+
+
+def test_a_head_for_as_many_other_classes_is_warned_of(source, tmp_path):
+    others = small(model={'init_from': str(source.workdir)}, data={'classes': (5, 6, 7, 8, 9)})
+    with pytest.warns(
+        UserWarning, match=r'is for the classes 0, 1, 2, 3, 4, and the data have 5, 6'
+    ):
+        experiment_lib.open_weights(others)
+
+
+def test_a_vit_starts_at_another_size_of_images(tmp_path):
+    model = {'name': 'vit_ti16', 'patch_size': 2, 'depth': 1, 'width': 8, 'heads': 2}
+    small_images, large_images = small(), small(data={'image_size': 12})
+    small_images.model = model
+    fit(small_images, tmp_path / 'run')
+    large_images.model = {**model, 'init_from': str(tmp_path / 'run')}
+    found, _ = start_of(large_images, tmp_path)
+    assert found['params/position_embedding'].shape == (1, 37, 8)
 
 
 def model_and_state(dtype=np.float32, **fields):
@@ -287,20 +379,29 @@ def test_a_mismatch_lists_both_sides():
     assert 'bn1.bias: model float32, weights int32' in message
 
 
-def test_a_head_of_another_width_is_no_new_head():
+@pytest.mark.parametrize('shape', [(9, 99), (3, 99)])
+def test_a_head_of_another_width_is_no_new_head(shape):
     model, like, there = model_and_state()
-    there['fc.weight'] = np.zeros((9, 99), np.float32)
-    with pytest.raises(UserError, match=r'fc.weight: model \[3, 8\], weights \[9, 99\]'):
+    there['fc.weight'] = np.zeros(shape, np.float32)
+    there['fc.bias'] = np.zeros(shape[0], np.float32)
+    with pytest.raises(UserError, match=r'fc.weight: model \[3, 8\], weights \[\d, 99\]'):
         weights.convert(model, like, state_of(there))
 
 
+def test_weights_without_a_head_give_a_fresh_one():
+    model, like, there = model_and_state()
+    del there['fc.weight'], there['fc.bias']
+    fresh = weights.convert(model, like, state_of(there)).fresh
+    assert fresh == ['params/head/bias', 'params/head/kernel']
+
+
 def test_a_network_without_counterpart_says_so():
-    model = make_model('resnet20', stage_sizes=(1, 1), squeeze=4, preactivation=True)
+    model = make_model('resnet20', stage_sizes=(1, 1), squeeze=4)
     like = weights.flatten(
         jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32)))
     )
-    with pytest.raises(UserError, match=r'no counterpart in timm_v2.*stage1_block1/se/expand'):
-        weights.names(model, like, 'timm_v2')
+    with pytest.raises(UserError, match=r'no counterpart in torchvision.*stage1_block1/se/expand'):
+        weights.names(model, like, 'torchvision')
     with pytest.raises(UserError, match='No other library has a MLP'):
         weights.names(make_model('mlp'), {}, 'timm')
 
@@ -315,6 +416,18 @@ def test_pytorch_files_are_read_without_running_code_in_them(tmp_path):
     np.testing.assert_array_equal(found['params/head/kernel'], there['fc.weight'].T)
     torch.save({'w': torch.ones(2, dtype=torch.bfloat16)}, tmp_path / 'b.pt')
     assert weights.read(tmp_path / 'b.pt').state['w'].read().astype(np.float32).tolist() == [1, 1]
+    parameters = {
+        f'_orig_mod.model.{k}': torch.nn.Parameter(v) for k, v in tensors.items() if 'num' not in k
+    }
+    torch.save(parameters, tmp_path / 'd.pt')
+    assert 'fc.weight' in {k.removeprefix('module.') for k in weights.read(tmp_path / 'd.pt').state}
+    assert weights.read(tmp_path / 'd.pt').state['fc.weight'].read().shape == (3, 8)
+    for i, wrong in enumerate(
+        ({1: torch.ones(2)}, {'w': torch.ones(2, dtype=torch.complex64)}, {})
+    ):
+        torch.save(wrong, tmp_path / f'wrong{i}.pt')
+        with pytest.raises(UserError):
+            weights.read(tmp_path / f'wrong{i}.pt')
     torch.save(optax.sgd, tmp_path / 'c.pth')
     with pytest.raises(UserError, match='cannot be read as a PyTorch state dict'):
         weights.read(tmp_path / 'c.pth')

@@ -195,6 +195,12 @@ class DBN(nn.Module):
         return head(x, self.num_classes, style, self.head_init), features
 
     @nn.nowrap
+    def check_pixels(self, low: float, high: float):
+        """Raises a UserError unless images with values from `low` to `high` can be learned from."""
+        hint = 'within [0, 1] for an RBM: set config.data.mean=(0,) and config.data.std=(1,)'
+        fits = not self.pretrain_epochs or 0 <= low <= high <= 1
+        require(fits, 'The range of the pixels', (float(low), float(high)), hint)
+
     def start_from_data(self, key, params, images, report: Callable[[dict], None]):
         """`params` with RBMs as hidden layers, whatever these were: pure in key, params and images.
 
@@ -205,9 +211,7 @@ class DBN(nn.Module):
         if not self.pretrain_epochs:
             return params
         data = jnp.asarray(images, jnp.float32).reshape(len(images), -1)
-        low, high = float(data.min()), float(data.max())
-        hint = 'within [0, 1] for an RBM: set config.data.mean=(0,) and config.data.std=(1,)'
-        require(0 <= low <= high <= 1, 'The range of the pixels', (low, high), hint)
+        self.check_pixels(float(data.min()), float(data.max()))
         fields = {name: getattr(self, f'pretrain_{name}') for name in Recipe._fields[:-1]}
         fields |= {'momentum': tuple(self.pretrain_momentum), 'cd_steps': self.cd_steps}
         for i, width in enumerate(self.hidden, 1):

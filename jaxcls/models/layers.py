@@ -186,6 +186,7 @@ def convolve(x, kernel, stride: int, padding: tuple[int, int], groups: int = 1) 
     convolution = functools.partial(_convolution, stride=stride, padding=padding, groups=groups)
     if groups == x.shape[-1] == kernel.shape[-1] > 1:
         shifted = functools.partial(_depthwise_on_cpu, stride=stride, padding=padding)
+        shifted = jax.checkpoint(shifted, prevent_cse=False)  # or the shifted images would be kept
         return jax.lax.platform_dependent(x, kernel, cpu=shifted, default=convolution)
     return convolution(x, kernel)
 

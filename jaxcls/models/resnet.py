@@ -394,21 +394,27 @@ _PLAIN_NAMES = (
     (r'stage(\d+)_block(\d+)/conv(\d)/norm', lambda _, s, b, k: f'layer{s}.{b - 1}.bn{k}'),
     (r'stage(\d+)_block(\d+)/shortcut/conv', lambda _, s, b: f'layer{s}.{b - 1}.downsample.0'),
     (r'stage(\d+)_block(\d+)/shortcut/norm', lambda _, s, b: f'layer{s}.{b - 1}.downsample.1'),
-    (r'stage(\d+)_block(\d+)/se/reduce', lambda _, s, b: f'layer{s}.{b - 1}.se.fc1'),
-    (r'stage(\d+)_block(\d+)/se/expand', lambda _, s, b: f'layer{s}.{b - 1}.se.fc2'),
     (r'head', lambda _: 'fc'),
 )
-_D_NAMES = (  # the first module of its shortcut is the pool
+
+
+def _shortcut(layout, stage, block, part):
+    pool = layout.model.shortcut == 'pool'  # the first module of the shortcut of a ResNet-D
+    return f'layer{stage}.{block - 1}.downsample.{pool + (part == "norm")}'
+
+
+_TIMM_NAMES = (
     (r'stem1/conv', lambda _: 'conv1.0'),
     (r'stem1/norm', lambda _: 'conv1.1'),
     (r'stem2/conv', lambda _: 'conv1.3'),
     (r'stem2/norm', lambda _: 'conv1.4'),
     (r'stem3/conv', lambda _: 'conv1.6'),
     (r'stem3/norm', lambda _: 'bn1'),
-    (r'stage(\d+)_block(\d+)/shortcut/conv', lambda _, s, b: f'layer{s}.{b - 1}.downsample.1'),
-    (r'stage(\d+)_block(\d+)/shortcut/norm', lambda _, s, b: f'layer{s}.{b - 1}.downsample.2'),
+    (r'stage(\d+)_block(\d+)/shortcut/(conv|norm)', _shortcut),
+    (r'stage(\d+)_block(\d+)/se/reduce', lambda _, s, b: f'layer{s}.{b - 1}.se.fc1'),
+    (r'stage(\d+)_block(\d+)/se/expand', lambda _, s, b: f'layer{s}.{b - 1}.se.fc2'),
 )
-_PREACTIVATION_NAMES = (
+_PREACTIVATION_NAMES = (  # timm's ResNetV2
     (r'stem', lambda _: 'stem.conv'),
     (
         r'stage(\d+)_block(\d+)/(conv|norm)(\d)',
@@ -419,7 +425,7 @@ _PREACTIVATION_NAMES = (
         lambda _, s, b: f'stages.{s - 1}.blocks.{b - 1}.downsample.conv',
     ),
     (r'final_norm', lambda _: 'norm'),
-    (r'head', lambda _: ('head.fc', POINTWISE)),
+    (r'head', lambda at: ('head.fc', POINTWISE) if at.model.preactivation else 'fc'),
 )
 _CIFAR_NAMES = (  # of the two PyTorch repositories most used for CIFAR
     (r'stage(\d+)_block(\d+)/shortcut/conv', lambda _, s, b: f'layer{s}.{b - 1}.shortcut.0'),
@@ -428,8 +434,6 @@ _CIFAR_NAMES = (  # of the two PyTorch repositories most used for CIFAR
 )
 NAMES = {
     'torchvision': _PLAIN_NAMES,
-    'timm': _PLAIN_NAMES,
-    'timm_d': _D_NAMES + _PLAIN_NAMES,
-    'timm_v2': _PREACTIVATION_NAMES,
+    'timm': _TIMM_NAMES + _PREACTIVATION_NAMES + _PLAIN_NAMES,
     'cifar': _CIFAR_NAMES + _PLAIN_NAMES,
 }
