@@ -327,7 +327,11 @@ def test_unknown_names_list_the_kinds(name):
         ('train', {'classes': (-1, 0)}, 'classes 0 to 2'),
         ('train', {'classes': (1, 1)}, 'keep once'),
         ('train[:1]', {'classes': (1, 2)}, r"'train\[:1\]' has no example of .*\(1, 2\): 1, 2"),
-        ('train', {'per_class': 7}, "7 examples a class .*config.data.per_class.* class '2' has only 6 in 'train'"),
+        (
+            'train',
+            {'per_class': 7},
+            "7 examples a class .*per_class.* class '2' has only 6 in 'train'",
+        ),
         ('train', {'per_class': 7, 'classes': (1, 2)}, "class '2' has only 6"),
     ],
 )

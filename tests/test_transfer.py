@@ -12,7 +12,7 @@ from PIL import Image
 
 from jaxcls import config as config_lib
 from jaxcls import experiment as experiment_lib
-from jaxcls import fit, optimizers, schedules, transfer, weights
+from jaxcls import fit, optimizers, schedules, sharding, transfer, weights
 from jaxcls.errors import UserError
 from jaxcls.main import main
 from jaxcls.models import make_model
@@ -41,13 +41,15 @@ def arrays(state):
     return weights.flatten(jax.device_get(tree))
 
 
-def start_of(config, tmp_path):
-    """The state of step 0 and what was reported."""
-    events = []
-    config.learning_rate = 1e-12
-    result = fit(config, tmp_path / 'start', events.append)
-    begun = [event for event in events if event['kind'] == 'begin']
-    return {k: v for k, v in arrays(result.state).items() if k.startswith('params')}, begun
+def start_of(config):
+    """The state of step 0 that a run of the config begins with, and what was reported."""
+    config, events = experiment_lib.resolve(config), []
+    split = experiment_lib.load_split(config, config.data.train)
+    reader = experiment_lib.make_reader(config, split, train=True)
+    built = experiment_lib.build(config, reader.shape, len(split.class_names), len(split.source))
+    abstract = experiment_lib.abstract_state(built, sharding.make_mesh())
+    start = experiment_lib.make_start(built, abstract, reader, events.append)
+    return arrays(experiment_lib.initial_state(built, abstract, start)), events
 
 
 @pytest.fixture(scope='module')
@@ -55,27 +57,27 @@ def source(tmp_path_factory):
     return fit(small(), tmp_path_factory.mktemp('source') / 'run')
 
 
-def test_a_run_starts_from_another_runs_weights(source, tmp_path):
-    found, (event,) = start_of(small(model={'init_from': str(source.workdir)}), tmp_path)
+def test_a_run_starts_from_another_runs_weights(source):
+    found, (event,) = start_of(small(model={'init_from': str(source.workdir)}))
     assert event['fresh'] == []
     for path, array in found.items():
-        np.testing.assert_allclose(array, arrays(source.state)[path], atol=1e-8, err_msg=path)
+        np.testing.assert_array_equal(array, arrays(source.state)[path], err_msg=path)
 
 
 @pytest.mark.parametrize(
     ('data', 'new_head'), [({'classes': OTHERS}, False), ({'classes': FIVE}, True)]
 )
-def test_a_new_head_starts_afresh_and_all_else_does_not(source, tmp_path, data, new_head):
+def test_a_new_head_starts_afresh_and_all_else_does_not(source, data, new_head):
     step = int(source.state.step)
     checkpoint = str(source.workdir / 'checkpoints' / str(step))
     config = small(model={'init_from': checkpoint, 'new_head': new_head}, data=data)
-    found, (event,) = start_of(config, tmp_path)
+    found, (event,) = start_of(config)
     assert event['fresh'] == ['params/head/bias', 'params/head/kernel']
     assert found['params/head/kernel'].shape == (16, len(data['classes']))
     trained = arrays(source.state)
     assert not np.allclose(found['params/head/kernel'][:, :4], trained['params/head/kernel'][:, :4])
     for path in set(found) - set(event['fresh']):
-        np.testing.assert_allclose(found[path], trained[path], atol=1e-8, err_msg=path)
+        np.testing.assert_array_equal(found[path], trained[path], err_msg=path)
 
 
 def test_weights_that_do_not_fit_are_listed_before_anything_is_made(source, tmp_path):
@@ -87,10 +89,10 @@ def test_weights_that_do_not_fit_are_listed_before_anything_is_made(source, tmp_
         fit(small(model={'init_from': str(tmp_path / 'none')}), tmp_path / 'run')
 
 
-def test_other_normalisation_than_the_sources_is_said(source, tmp_path):
+def test_other_normalisation_than_the_sources_is_said(source):
     config = small(model={'init_from': str(source.workdir)}, data={'mean': (0.1,)})
     with pytest.warns(UserWarning, match='was trained on images of mean'):
-        fit(config, tmp_path / 'run')
+        start_of(config)
 
 
 def test_a_linear_probe_changes_the_head_alone(source, tmp_path):
@@ -125,9 +127,9 @@ def test_layer_decay_scales_each_layers_step():
         small(layer_decay=0.5, optimizer={'name': 'sgd', 'momentum': 0.0})
     )
     built = experiment_lib.build(config, (8, 8, 1), 5, 100)
-    params = built.model.init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))['params']
-    ones = jax.tree.map(np.ones_like, params)
-    updates, _ = built.tx.update(ones, built.tx.init(params), params)
+    shapes = jax.eval_shape(lambda: experiment_lib.init(built, 0)).params
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
+    updates, _ = jax.jit(lambda tree: built.tx.update(tree, built.tx.init(tree), tree))(ones)
     scales = {
         name: -np.unique(leaf) / 0.01
         for name, leaf in updates.items()
@@ -172,14 +174,15 @@ def test_embeddings_and_tokens_do_not_decay():
 
 
 def test_a_run_that_was_killed_in_its_first_save_still_starts_from_its_weights(source, tmp_path):
-    config = small(model={'init_from': str(source.workdir)})
-    (tmp_path / 'start' / 'checkpoints' / '5.orbax-checkpoint-tmp-0').mkdir(parents=True)
-    for name in ('config.json', 'data.json'):
-        shutil.copy(source.workdir / name, tmp_path / 'start')
-    found, begun = start_of(config, tmp_path)
-    assert begun and np.allclose(
-        found['params/head/kernel'], arrays(source.state)['params/head/kernel']
-    )
+    config = small(model={'init_from': str(source.workdir)}, learning_rate=1e-12)
+    (tmp_path / 'run' / 'checkpoints' / '5.orbax-checkpoint-tmp-0').mkdir(parents=True)
+    resolved = config_lib.to_json(experiment_lib.resolve(config))
+    (tmp_path / 'run' / 'config.json').write_text(resolved)
+    events = []
+    state = fit(config, tmp_path / 'run', events.append).state
+    assert [event for event in events if event['kind'] == 'begin']
+    kernel = arrays(source.state)['params/head/kernel']
+    np.testing.assert_allclose(state.params['head']['kernel'], kernel, atol=1e-8)
 
 
 def test_a_run_goes_on_without_what_it_started_from(source, tmp_path):
@@ -203,20 +206,22 @@ def test_a_run_goes_on_without_what_it_started_from(source, tmp_path):
     assert int(resumed.state.step) == int(source.state.step)
 
 
-def test_a_model_that_starts_from_data_is_given_them_as_it_sees_them(tmp_path):
+def test_a_model_that_starts_from_data_is_given_them_as_it_sees_them():
     model = {'name': 'dbn', 'hidden': (16, 8), 'pretrain_epochs': 2, 'pretrain_batch_size': 50}
-    config = small(data={'mean': (0.0,), 'std': (1.0,)}, learning_rate=1e-12, ema_decay=0.5)
+    config = small(data={'mean': (0.0,), 'std': (1.0,)})
     config.model = model
-    events = []
-    state = fit(config, tmp_path / 'run', events.append).state
-    begun = [event for event in events if event['kind'] == 'begin']
-    assert [(e['layer'], e['epoch']) for e in begun] == [(1, 1), (1, 2), (2, 1), (2, 2)]
-    plain = experiment_lib.init(
-        experiment_lib.build(experiment_lib.resolve(config), (8, 8, 1), 5, 300), config.seed
-    )
-    changed = jax.tree.map(lambda a, b: not np.allclose(a, b), state.params, plain.params)
-    assert all(jax.tree.leaves(changed['hidden1'])) and not any(jax.tree.leaves(changed['head']))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.ema, state.params)
+    found, events = start_of(config)
+    assert [(e['layer'], e['epoch']) for e in events] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    config.model = {**model, 'pretrain_epochs': 0}
+    plain, _ = start_of(config)
+    changed = {path for path in found if not np.array_equal(found[path], plain[path])}
+    assert changed == {
+        f'params/hidden{i}/dense/{leaf}' for i in (1, 2) for leaf in ('kernel', 'bias')
+    }
+    config = small()
+    config.model = model
+    with pytest.raises(UserError, match=r'must be within \[0, 1\] for an RBM'):
+        start_of(config)
 
 
 # Features and files
@@ -285,7 +290,8 @@ def test_exported_weights_start_a_run_bit_for_bit(source, tmp_path, capsys):
     assert set(found) == set(own)
     for path, array in own.items():
         np.testing.assert_array_equal(found[path].read(), array)
-    fit(small(model={'init_from': str(file)}), tmp_path / 'run')
+    again, _ = start_of(small(model={'init_from': str(file)}))
+    jax.tree.map(np.testing.assert_array_equal, again, own)
     assert main(['export-weights', str(source.workdir), str(file)]) == 2
     assert 'nothing is overwritten' in capsys.readouterr().err
 
@@ -298,18 +304,31 @@ def test_the_moving_average_is_what_is_exported(tmp_path):
     assert not np.array_equal(found, state.params['head']['kernel'])
 
 
-def test_an_export_that_cannot_be_written_or_computes_something_else_says_so(tmp_path, capsys):
-    model = {'name': 'resnet18', 'stage_sizes': (1, 1), 'num_filters': 4, 'norm': 'group'}
-    config = small(data={'mean': (0.5,), 'train': 'train[:40]', 'validation': 'test[:20]'})
-    config.model = model
-    fit(config, tmp_path / 'run')
-    with pytest.warns(UserWarning, match=r"built with norm='group' \('batch' as published\)"):
-        transfer.export_weights(tmp_path / 'run', tmp_path / 'a.safetensors', 'torchvision')
+VIT = {'name': 'vit_ti16', 'patch_size': 2, 'depth': 1, 'width': 8, 'heads': 2, 'pooling': 'mean'}
+
+
+@pytest.fixture(scope='module')
+def vit(tmp_path_factory):
+    config = small()
+    config.model = VIT
+    return fit(config, tmp_path_factory.mktemp('vit') / 'run').workdir
+
+
+def test_an_export_that_cannot_be_written_or_computes_something_else_says_so(vit, tmp_path):
+    with pytest.warns(UserWarning, match=r"built with pooling='mean' \('token' as published\)"):
+        transfer.export_weights(vit, tmp_path / 'a.safetensors', 'timm')
     with pytest.raises(UserError, match='cannot be written'):
-        transfer.export_weights(tmp_path / 'run', tmp_path / 'none' / 'a.safetensors')
+        transfer.export_weights(vit, tmp_path / 'none' / 'a.safetensors')
     with pytest.raises(UserError, match="Unknown naming scheme 'pytorch'.*torchvision"):
-        transfer.export_weights(tmp_path / 'run', tmp_path / 'b.safetensors', 'pytorch')
+        transfer.export_weights(vit, tmp_path / 'b.safetensors', 'pytorch')
     assert not (tmp_path / 'b.safetensors').exists()
+
+
+def test_a_vit_starts_at_another_size_of_images(vit):
+    config = small(data={'image_size': 12})
+    config.model = {**VIT, 'init_from': str(vit)}
+    found, (event,) = start_of(config)
+    assert found['params/position_embedding'].shape == (1, 37, 8) and event['fresh'] == []
 
 
 def test_a_head_for_as_many_other_classes_is_warned_of(source, tmp_path):
@@ -318,16 +337,6 @@ def test_a_head_for_as_many_other_classes_is_warned_of(source, tmp_path):
         UserWarning, match=r'is for the classes 0, 1, 2, 3, 4, and the data have 5, 6'
     ):
         experiment_lib.open_weights(others)
-
-
-def test_a_vit_starts_at_another_size_of_images(tmp_path):
-    model = {'name': 'vit_ti16', 'patch_size': 2, 'depth': 1, 'width': 8, 'heads': 2}
-    small_images, large_images = small(), small(data={'image_size': 12})
-    small_images.model = model
-    fit(small_images, tmp_path / 'run')
-    large_images.model = {**model, 'init_from': str(tmp_path / 'run')}
-    found, _ = start_of(large_images, tmp_path)
-    assert found['params/position_embedding'].shape == (1, 37, 8)
 
 
 def model_and_state(dtype=np.float32, **fields):
