@@ -131,6 +131,7 @@ def check_evaluation(pair: Pair, channels: int = 3) -> float:
         theirs = logits_of(module(nchw(images))).numpy()
     apply = jax.jit(lambda v, x: model.apply(v, x, train=False)[0], compiler_options=quick)
     error = relative(apply(variables, images), theirs)
+    print(f'{pair.name}, {pair.scheme}, {pair.size} pixels: logits {error:.1e}')
     assert error < 1e-4, error
     check_way_back(pair, module, model, variables)
     return error
@@ -184,6 +185,7 @@ def check_training(pair: Pair, batch: int = 4, rate: float = 1.0) -> tuple[float
         np.abs(a - b).max() / max(np.abs(b).max(), 1e-6 * largest) for a, b in changes.values()
     )
     logits = relative(logits, output.detach().numpy())
+    print(f'{pair.name}, {pair.scheme}, training: logits {logits:.1e}, changes {change:.1e}')
     assert logits < 1e-4 and change < 1e-4, (logits, change)
     return logits, float(change)
 

@@ -104,7 +104,7 @@ def test_a_step_of_sgd_equals_the_reference(name, names):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', airbench.MODELS)
 def test_full_size_logits_equal_the_reference(name, names):
-    print(name, check_evaluation(FULL[name]))
+    check_evaluation(FULL[name])
 
 
 @pytest.mark.parametrize('name', airbench.MODELS)

@@ -104,7 +104,7 @@ def test_there_are_as_many_parameters_as_published(name):
 @pytest.mark.parametrize('name', convnext.MODELS)
 def test_full_size_logits_equal_the_reference(name, scheme):
     reference = (tv if scheme == 'torchvision' else tm)(name)
-    print(name, scheme, check_evaluation(Pair(name, reference, {}, 224, scheme)))
+    check_evaluation(Pair(name, reference, {}, 224, scheme))
 
 
 @functools.cache

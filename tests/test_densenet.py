@@ -126,7 +126,7 @@ FULL = {
 @pytest.mark.slow
 @pytest.mark.parametrize('name', densenet.MODELS)
 def test_full_size_logits_equal_the_reference(name):
-    print(name, check_evaluation(FULL[name]))
+    check_evaluation(FULL[name])
 
 
 def random_variables(model, size):

@@ -51,7 +51,7 @@ ON_IMAGENET = [name for name, known in resnet.REFERENCES.items() if known.num_cl
 def test_full_size_logits_equal_the_reference(name):
     other, scheme = TIMM.get(name, (name, 'torchvision'))
     reference = tv(other) if scheme == 'torchvision' else tm(other)
-    print(name, scheme, check_evaluation(Pair(name, reference, {}, 224, scheme)))
+    check_evaluation(Pair(name, reference, {}, 224, scheme))
 
 
 @pytest.mark.parametrize('name', resnet.MODELS)

@@ -62,7 +62,7 @@ FULL = {
 @pytest.mark.slow
 @pytest.mark.parametrize('name', vit.MODELS)
 def test_full_size_logits_equal_the_reference(name):
-    print(name, check_evaluation(FULL[name]))
+    check_evaluation(FULL[name])
 
 
 # Positions
