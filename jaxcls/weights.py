@@ -5,6 +5,7 @@ elsewhere. The same rows serve both directions, so what is read can be written b
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -22,7 +23,7 @@ import safetensors.numpy
 from flax import linen as nn
 from flax import traverse_util
 
-from jaxcls import registry
+from jaxcls import download, registry
 from jaxcls.errors import UserError
 from jaxcls.models import WEIGHT_NAMES
 from jaxcls.models.references import CONV, DENSE, SAME, Transform
@@ -204,26 +205,20 @@ def _download(repository: str, revision: str, file: str = 'model.safetensors') -
     """A file of a repository on the Hugging Face hub, cached; the SHA-256 of a large one is checked."""
     try:
         import huggingface_hub
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-        )
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     except ImportError:
         raise UserError(
             f"hf:{repository} needs the hub's client: pip install 'jaxcls[hub]'."
         ) from None
+    fetch = functools.partial(
+        huggingface_hub.hf_hub_download, repository, file, revision=revision or None
+    )
     try:
-        path = huggingface_hub.hf_hub_download(
-            repository, file, revision=revision or None, etag_timeout=5
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(
-            f'hf:{repository} cannot be had: {reason} Check the name, the network and HF_HOME (the '
-            f'cache), or download {file} by hand and give its path.'
-        ) from None
-    path = Path(path)
+        path = Path(fetch(local_files_only=True))
+    except HFValidationError as error:
+        raise UserError(f'hf:{repository}: {error} Write it hf:OWNER/NAME.') from None
+    except (LocalEntryNotFoundError, OSError):
+        path = Path(_fetched(repository, file, fetch, huggingface_hub.constants.ENDPOINT))
     digest = path.resolve().name  # the cache names large files by their SHA-256
     if re.fullmatch('[0-9a-f]{64}', digest):
         with path.open('rb') as stream:
@@ -233,6 +228,21 @@ def _download(repository: str, revision: str, file: str = 'model.safetensors') -
                 f'{path} is damaged: its SHA-256 is {found}. Delete it and start again.'
             )
     return path
+
+
+def _fetched(repository: str, file: str, fetch: Callable[[], str], endpoint: str) -> str:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    reason = download.unreachable(endpoint)  # the client itself would try for half a minute
+    if not reason:
+        try:
+            return fetch()
+        except (HfHubHTTPError, OSError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    raise UserError(
+        f'hf:{repository} is not in the cache and cannot be downloaded from {endpoint}: {reason}. Check '
+        f'the name, the network and HF_HOME (the cache), or download {file} by hand and give its path.'
+    )
 
 
 def _published_normalization(repository: str, revision: str):

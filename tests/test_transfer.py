@@ -538,3 +538,15 @@ def test_heads_in_the_middle_follow_the_number_of_classes_too():
     without = {k: v for k, v in there.items() if not k.startswith('aux')}
     fresh = weights.convert(model, like, state_of(without)).fresh
     assert {path.split('/')[1] for path in fresh} == {'aux1', 'aux2', 'head'}
+
+
+def test_a_hub_that_cannot_be_reached_is_one_message(tmp_path, monkeypatch):
+    pytest.importorskip('huggingface_hub')
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
+    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', 'http://127.0.0.1:9')
+    with pytest.raises(
+        UserError, match=r'hf:timm/net is not in the cache .*127.0.0.1:9: .*refused'
+    ):
+        weights.read('hf:timm/net')
+    with pytest.raises(UserError, match='Write it hf:OWNER/NAME'):
+        weights.read('hf:a/b/c')
