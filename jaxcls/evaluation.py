@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcls import datasets, metrics, pipeline, sharding
+from jaxcls import datasets, metrics, pipeline, runs, sharding
 from jaxcls import experiment as experiment_lib
 from jaxcls.errors import UserError
 
@@ -64,10 +64,10 @@ def evaluate(workdir: str | Path, split: str = '', checkpoint: str = 'latest') -
     Raises:
       UserError: no run, no checkpoint or no such split.
     """
-    return evaluate_run(experiment_lib.open_run(workdir, checkpoint), split)
+    return evaluate_run(runs.open_run(workdir, checkpoint), split)
 
 
-def evaluate_run(run: experiment_lib.Run, split: str = '') -> dict[str, Any]:
+def evaluate_run(run: runs.Run, split: str = '') -> dict[str, Any]:
     """Metrics of an opened run (or of trained weights, `experiment.open_weights`) on a split.
 
     Returns:

@@ -4,9 +4,7 @@ The only module that reads a config's sections. Training, evaluation and every c
 build on it, so that a run means the same wherever it is opened.
 """
 
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -27,10 +25,8 @@ from jaxcls import (
     schedules,
     sharding,
     steps,
-    weights,
 )
 from jaxcls import config as config_lib
-from jaxcls import workdir as workdir_lib
 from jaxcls.errors import UserError
 from jaxcls.models import MODELS
 
@@ -263,104 +259,6 @@ def initial_state(
     return begin(variables, np.asarray(key))
 
 
-def make_start(
-    experiment: Experiment,
-    abstract: steps.TrainState,
-    reader: pipeline.Reader,
-    report: Callable[[dict[str, Any]], None],
-) -> Callable[[Any], Any] | None:
-    """`start` of `initial_state`: from `config.model.init_from`, or from the data; None for neither.
-
-    Weights are found and checked now, before anything is allocated or compiled. A model that starts
-    from data has `start_examples`, how many images it wants (0: all), and `start_from_data(key,
-    params, images, report) -> params`, on images as it sees them; it may have `check_pixels(low,
-    high)`, which raises a UserError for a range of their values that it cannot use.
-
-    Args:
-      report: is told what happens, in dicts.
-
-    Raises:
-      UserError: no weights there, or they do not fit.
-    """
-    config, model = experiment.config, experiment.model
-    if config.model.init_from:
-        return _start_from_weights(experiment, abstract, reader.split.class_names, report)
-    if not hasattr(model, 'start_from_data'):
-        return None
-    if hasattr(model, 'check_pixels'):
-        mean, std = np.array(config.data.mean), np.array(config.data.std)
-        model.check_pixels(np.min(-mean / std), np.max((1 - mean) / std))
-
-    def start(variables):
-        images = _training_images(config, reader, model.start_examples)
-        images = augment.normalize(augment.to_float(images), config.data.mean, config.data.std)
-        key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        params = model.start_from_data(key, variables['params'], images, report)
-        return {**variables, 'params': params}
-
-    return start
-
-
-def _training_images(config: ConfigDict, reader: pipeline.Reader, count: int) -> np.ndarray:
-    """`count` images uint8 [N, H, W, C], at random, or (0) all of them."""
-    examples = len(reader.split.source)
-    # A data set's own order may have one class after the other.
-    order = pipeline.permutation(config.seed, 0, examples)[: count or examples]
-    if pipeline.choose(config.data.pipeline, reader, train=True) == 'resident':
-        return pipeline.load_arrays(reader)[0][np.sort(order)]
-    return np.stack([reader(int(i))[0] for i in order])
-
-
-def _start_from_weights(experiment, abstract, class_names, report) -> Callable[[Any], Any]:
-    config = experiment.config
-    source, data = config.model.init_from, config.data
-    like = {'params': abstract.params, 'batch_stats': abstract.batch_stats}
-    theirs = _weights_of_run(source) or weights.read(source)
-    found = weights.convert(
-        experiment.model, weights.flatten(like), theirs.state, config.model.new_head
-    )
-    channels = experiment.image_shape[2]
-    ours = tuple(np.broadcast_to(values, channels).tolist() for values in (data.mean, data.std))
-    known = theirs.normalization
-    if known and [np.broadcast_to(v, channels).tolist() for v in known] != [*ours]:
-        warnings.warn(
-            f'{source} was trained on images of mean {known[0]} and std {known[1]}, and config.data has '
-            f'{data.mean} and {data.std}: set config.data.mean and std to its own.',
-            stacklevel=2,
-        )
-    kept_head = not any(map(weights.is_head, found.fresh))
-    if kept_head and theirs.class_names and theirs.class_names != class_names:
-        warnings.warn(
-            f'The head of {source} is for the classes {_some(theirs.class_names)}, and the data have '
-            f'{_some(class_names)}: set config.model.new_head=True to train another.',
-            stacklevel=2,
-        )
-    report({'loaded': len(found.arrays), 'source': source, 'fresh': found.fresh})
-
-    def start(variables):
-        return weights.unflatten({**weights.flatten(variables), **found.arrays})
-
-    return start
-
-
-def _weights_of_run(source: str) -> weights.Weights | None:
-    """The weights of a workdir, or of one of its checkpoints; None where the path is neither."""
-    path, checkpoint = Path(source), 'latest'
-    if path.parent.name == 'checkpoints':
-        path, checkpoint = path.parent.parent, path.name
-    if not (path / 'config.json').is_file():
-        return None
-    run = open_run(path, checkpoint)
-    flat = weights.flatten(jax.device_get(run.variables))
-    state = {k: weights.Tensor(a.shape, a.dtype, lambda a=a: a) for k, a in flat.items()}
-    data = run.experiment.config.data
-    return weights.Weights(state, (data.mean, data.std), run.class_names)
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return f'{", ".join(names[:5])}{", ..." if len(names) > 5 else ""}'
-
-
 def abstract_checkpoint(experiment: Experiment, mesh: Mesh) -> tuple[steps.TrainState, Any]:
     """Shapes of what a checkpoint holds: the state, and the training sums since the last log line."""
     abstract = abstract_state(experiment, mesh)
@@ -377,77 +275,3 @@ def raw_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     row = {'label': jnp.int32, 'index': jnp.int32, 'epoch': jnp.int32, 'mask': jnp.bool_}
     shapes = {name: jax.ShapeDtypeStruct((size,), dtype) for name, dtype in row.items()}
     return {**shapes, 'image': jax.ShapeDtypeStruct((size, *experiment.image_shape), jnp.uint8)}
-
-
-class Run(NamedTuple):
-    """A run opened after training: its config, its model and one checkpoint's variables."""
-
-    experiment: Experiment
-    variables: Any
-    step: int
-    class_names: tuple[str, ...]
-    mesh: Mesh
-
-
-def open_run(directory: str | Path, checkpoint: str = 'latest') -> Run:
-    """Opens a workdir to evaluate, predict or explain; nothing in it is executed or changed.
-
-    Args:
-      checkpoint: 'latest', 'best' (by validation accuracy) or a step.
-
-    Raises:
-      UserError: no run there, no such checkpoint, or none intact.
-    """
-    directory = Path(directory)
-    config = resolve(workdir_lib.read_config(directory))
-    data = workdir_lib.read_data(directory)
-    mesh = sharding.make_mesh()
-    experiment = build(
-        config, data['image_shape'], len(data['class_names']), data['examples'][config.data.train]
-    )
-    like = abstract_checkpoint(experiment, mesh)
-    checkpoints = workdir_lib.Checkpoints(directory, config.keep_checkpoints, read_only=True)
-    try:
-        step = checkpoints.find(checkpoint, workdir_lib.read_metrics(directory))
-        restored = checkpoints.restore(like, step)
-    finally:
-        checkpoints.close()
-    if restored is None:
-        raise UserError(f'{directory} has no checkpoint yet. Train on: repeat its `jaxcls train`.')
-    variables = steps.evaluation_variables(restored.tree[0])
-    return Run(experiment, variables, restored.step, tuple(data['class_names']), mesh)
-
-
-def open_weights(config: ConfigDict, split: str = '') -> Run:
-    """A config's network with the weights of `config.model.init_from`, as if trained: at step 0.
-
-    Args:
-      split: whose classes they are for; '' is the config's validation split.
-
-    Raises:
-      UserError: no weights given, or they fit neither the network nor the number of classes.
-    """
-    config = resolve(config)
-    source = config.model.init_from
-    if not source:
-        raise UserError(
-            'There is nothing to evaluate: give the directory of a run, or trained weights by '
-            '--config.model.init_from.'
-        )
-    split = load_split(config, split or config.data.validation)
-    reader, mesh = make_reader(config, split, train=False), sharding.make_mesh()
-    classes = len(split.class_names)
-    experiment = build(config, reader.shape, classes, max(len(split.source), 1))
-    abstract = abstract_state(experiment, mesh)
-    events = []
-    start = make_start(experiment, abstract, reader, events.append)
-    fresh = [path for path in events[0]['fresh'] if not weights.is_auxiliary(path)]
-    if fresh:
-        raise UserError(
-            f'{source} has no head for the {classes} classes of {config.data.name} '
-            f'({", ".join(fresh)}); train it on them first.'
-        )
-    like = {'params': abstract.params, 'batch_stats': abstract.batch_stats}
-    variables = start(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like))
-    variables = jax.device_put(variables, jax.tree.map(lambda leaf: leaf.sharding, like))
-    return Run(experiment, variables, 0, split.class_names, mesh)

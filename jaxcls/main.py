@@ -234,12 +234,12 @@ def _run_evaluate(args) -> int:
         raise UserError(f'--checkpoint={args.checkpoint} is of a run; give its directory.')
     config = None if args.workdir else _load_config(args)
     _start()
-    from jaxcls import evaluation, experiment
+    from jaxcls import evaluation, runs
 
     if args.workdir:
-        run = experiment.open_run(args.workdir, args.checkpoint)
+        run = runs.open_run(args.workdir, args.checkpoint)
     else:
-        run = experiment.open_weights(config, args.split)
+        run = runs.open_weights(config, args.split)
     result = evaluation.evaluate_run(run, args.split)
     if args.json:
         _print_json(result)

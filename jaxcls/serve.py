@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcls import datasets, pipeline
+from jaxcls import datasets, pipeline, runs
 from jaxcls import experiment as experiment_lib
 from jaxcls.errors import UserError
 
@@ -26,7 +26,7 @@ def predict(
     Raises:
       UserError: no run or checkpoint, or a file that is no image.
     """
-    run = experiment_lib.open_run(workdir, checkpoint)
+    run = runs.open_run(workdir, checkpoint)
     apply = jax.jit(run.experiment.predict)
     size = min(run.experiment.config.batch_size, len(images))
     probabilities = []

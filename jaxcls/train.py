@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
-from jaxcls import evaluation, metrics, pipeline, sharding, steps
+from jaxcls import evaluation, metrics, pipeline, runs, sharding, steps
 from jaxcls import experiment as experiment_lib
 from jaxcls import report as report_lib
 from jaxcls import workdir as workdir_lib
@@ -101,7 +101,7 @@ def fit(config: ConfigDict, workdir: str | Path, on_event: OnEvent = lambda even
     like = experiment_lib.abstract_checkpoint(experiment, mesh)  # traces the whole step
     start = None
     if not workdir_lib.has_checkpoints(workdir):
-        start = experiment_lib.make_start(
+        start = runs.make_start(
             experiment, like[0], reader, lambda event: on_event({'kind': 'begin', **event})
         )
     with contextlib.ExitStack() as stack:

@@ -16,14 +16,26 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxcls import augment, datasets, loaders, metrics, pipeline, registry, sources, steps, weights
+from jaxcls import (
+    augment,
+    datasets,
+    loaders,
+    metrics,
+    pipeline,
+    registry,
+    runs,
+    sources,
+    steps,
+    weight_files,
+    weights,
+)
 from jaxcls import config as config_lib
 from jaxcls import experiment as experiment_lib
 from jaxcls.errors import UserError
 from jaxcls.models import MODELS
 
 
-def extract(run: experiment_lib.Run, config: ConfigDict, split: datasets.Split):
+def extract(run: runs.Run, config: ConfigDict, split: datasets.Split):
     """The features that a run's last layer reads, of every example of a split.
 
     Args:
@@ -105,7 +117,7 @@ def few_shot(
             f'--shots {" ".join(map(str, shots))} and --seeds {seeds}: both must be at least 1.'
         )
     _check_overrides(overrides)
-    run = experiment_lib.open_run(workdir, checkpoint)
+    run = runs.open_run(workdir, checkpoint)
     config = ConfigDict(run.experiment.config.to_dict())
     config_lib.apply_overrides(config, overrides, experiment_lib.TABLES)
     config.data.per_class = 0
@@ -179,7 +191,7 @@ def export_weights(
     """
     if Path(path).suffix != '.safetensors':
         raise UserError(f'{path} must end in .safetensors, the format that is written.')
-    run = experiment_lib.open_run(workdir, checkpoint)
+    run = runs.open_run(workdir, checkpoint)
     config = run.experiment.config
     variables = jax.device_get(run.variables)
     state = weights.state_dict(run.experiment.model, variables, scheme)
@@ -192,7 +204,7 @@ def export_weights(
         'std': json.dumps(config.data.std),
         'class_names': json.dumps(run.class_names),
     }
-    weights.write(path, state, metadata)
+    weight_files.write(path, state, metadata)
     return {
         'path': str(path),
         'model': config.model.name,

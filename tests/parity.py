@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcls import weights
+from jaxcls import weight_files, weights
 from jaxcls.models import make_model
 
 quick = {'xla_backend_optimization_level': 0}
@@ -88,9 +88,11 @@ def shapes_of(model, size: int, channels: int = 3):
     )
 
 
-def state_of(arrays: dict[str, np.ndarray]) -> weights.State:
+def state_of(arrays: dict[str, np.ndarray]) -> weight_files.State:
     """Named arrays as `weights.read` gives them."""
-    return {k: weights.Tensor(a.shape, a.dtype, lambda a=a: a.copy()) for k, a in arrays.items()}
+    return {
+        k: weight_files.Tensor(a.shape, a.dtype, lambda a=a: a.copy()) for k, a in arrays.items()
+    }
 
 
 def imported(pair: Pair, arrays: dict[str, np.ndarray], channels: int = 3):

@@ -8,9 +8,19 @@ import jaxcls
 FLOORS = [
     {'errors', 'registry', 'config'},
     {'losses', 'metrics', 'optimizers', 'schedules', 'image_ops', 'augment', 'sources', 'download'}
-    | {'prepare', 'loaders', 'datasets', 'pipeline', 'sharding', 'workdir', 'models'},
+    | {
+        'prepare',
+        'loaders',
+        'datasets',
+        'pipeline',
+        'sharding',
+        'workdir',
+        'models',
+        'weight_files',
+    },
     {'steps', 'weights'},
     {'experiment'},
+    {'runs'},
     {'evaluation', 'inspection', 'report', 'serve', 'transfer'},
     {'train'},
     {'console', 'main'},
@@ -21,7 +31,7 @@ WITHIN = {
     ('augment', 'image_ops'), ('optimizers', 'schedules'),
     ('prepare', 'download'), ('loaders', 'prepare'), ('loaders', 'sources'), ('datasets', 'loaders'),
     ('datasets', 'sources'), ('pipeline', 'datasets'), ('pipeline', 'sources'), ('pipeline', 'sharding'),
-    ('inspection', 'report'), ('main', 'console'),
+    ('inspection', 'report'), ('weight_files', 'download'), ('main', 'console'),
 }  # fmt: skip
 ROOT = Path(jaxcls.__file__).parent
 
