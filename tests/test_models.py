@@ -129,6 +129,14 @@ def test_parameter_count_is_that_of_the_literature(name, size, channels, fields,
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == expected
 
 
+def test_every_model_has_its_published_figures():
+    assert set(REFERENCES) == set(MODELS)
+    for name in ('linear', 'mlp', 'dbn'):  # the other families count in their own tests
+        known = REFERENCES[name]
+        params = shapes_of(make_model(name), (1, *known.image_shape))['params']
+        assert sum(leaf.size for leaf in jax.tree.leaves(params)) == known.parameters, name
+
+
 def shallow(name, **kwargs):
     """The model with one block a stage: tracing deep ones takes most of a second each."""
     fields = defaults(MODELS[name])
