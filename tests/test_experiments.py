@@ -1,5 +1,6 @@
 """Every shipped experiment resolves, is honest in its header, and lowers for TPU and GPU."""
 
+import importlib.util
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ from jaxcls import config as config_lib
 from jaxcls import experiment as experiment_lib
 
 EXPERIMENTS = sorted((Path(__file__).parent.parent / 'experiments').glob('*.py'))
+STUDIES = sorted((Path(__file__).parent.parent / 'experiments' / 'studies').glob('*.py'))
 # What their data sets look like: image shape, classes, training examples.
 DATA = {
     'digits': ((8, 8, 1), 10, 1_437),
@@ -68,3 +70,42 @@ def test_the_train_step_lowers_for_tpu_and_cuda(path):
     assert [aval.shape for aval in exported.out_avals[: len(leaves) - 5]] == [
         leaf.shape for leaf in leaves[:-5]
     ]
+
+
+def study(name):
+    path = next(path for path in STUDIES if path.stem == name)
+    spec = importlib.util.spec_from_file_location(f'study_{name}', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize('path', STUDIES, ids=lambda path: path.stem)
+def test_a_study_says_how_to_run_it_and_what_came_out(path):
+    header = path.read_text().split('"""')[1]
+    assert f'python experiments/studies/{path.name}' in header and 'Hardware' in header
+    assert 'TODO' not in header
+
+
+def test_the_runs_of_the_transfer_study_differ_in_what_it_asks_about_alone(tmp_path):
+    transfer = study('transfer')
+    for size in transfer.SIZES:
+        configs = {
+            arm: experiment_lib.resolve(transfer.target(arm, size, 0, tmp_path))
+            for arm in transfer.ARMS
+        }
+        for arm in ('fine-tuned', 'linear probe'):
+            assert configs[arm].model.init_from == str(tmp_path / 'source-0')
+            changed = config_lib.differences(configs['from scratch'], configs[arm])
+            assert set(changed) <= {'model.init_from', 'model.norm', 'freeze', 'learning_rate'}
+    assert set(configs['fine-tuned'].data.classes).isdisjoint(
+        config_lib.load_file(transfer.HERE / 'transfer_source.py').data.classes
+    )
+
+
+def test_the_networks_of_the_study_of_same_minutes_share_a_recipe():
+    minutes = study('same_minutes')
+    configs = [experiment_lib.resolve(minutes.load(name, 1.0)) for name in minutes.NETWORKS]
+    for other in configs[1:]:
+        changed = {field.partition('.')[0] for field in config_lib.differences(configs[0], other)}
+        assert changed <= {'model', 'learning_rate'}

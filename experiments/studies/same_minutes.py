@@ -22,7 +22,12 @@ HERE = Path(__file__).parent.parent
 NETWORKS = {
     'alexnet_cifar': {},
     'googlenet_cifar': {},
-    'resnet20_cifar': {'schedule': {'name': 'one_cycle'}, 'learning_rate': 0.2, 'l2': 5e-4},
+    'resnet20_cifar': {
+        'optimizer': {'name': 'sgd', 'nesterov': True},
+        'schedule': {'name': 'one_cycle'},
+        'learning_rate': 0.2,
+        'l2': 5e-4,
+    },
 }
 TRIAL_STEPS = 24
 
