@@ -2,7 +2,7 @@
 
     python -m jaxcls.main --config=experiments/googlenet_cifar.py
 
-TODO
+Hardware, time, accuracy of the full 60 epochs: not measured.
 """
 
 from jaxcls import config as base

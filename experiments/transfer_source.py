@@ -2,7 +2,8 @@
 
     python -m jaxcls.main --config=experiments/transfer_source.py
 
-TODO
+Hardware: 2 CPU cores. Time: 4 minutes. Accuracy on its five classes: 80.1% +- 2.2 (95% interval of the
+mean, 3 runs, seeds 0 to 2), CIFAR-10 re-encoded as JPEG.
 """
 
 from jaxcls import config as base

@@ -6,7 +6,7 @@ Trains each on CIFAR-10 for as many epochs as its own speed allows, measured bef
 and with its schedule over those. Prints test accuracy, parameters, FLOPs of an image, epochs and the
 time it took (training alone). One run each: differences of a point say nothing.
 
-TODO
+Hardware, time, accuracy: not measured yet.
 """
 
 import argparse

@@ -7,7 +7,16 @@ Trains a small ResNet on one half of CIFAR-10's classes, then on the other half 
 5,000 test images of those classes as mean +- half of the 95% t-interval over seeds, each with its own
 source network and its own draw of images, and draws transfer.png. What is done is not done again.
 
-TODO
+Hardware: 2 CPU cores. Time: 40 minutes beside other work. Measured (3 seeds, CIFAR-10 re-encoded as
+JPEG, source networks of 6 epochs):
+
+    images a class                 10               100             5,000
+    from scratch       38.05% +- 4.09%    56.63% +- 2.78%    75.69% +- 1.83%
+    fine-tuned         54.83% +- 4.79%    66.05% +- 2.62%    76.54% +- 3.03%
+    linear probe       54.61% +- 1.68%    59.91% +- 3.54%    62.35% +- 1.85%
+
+So it helps by 17 points at 10 images a class, by 9 at 100, and not measurably with all 25,000; a fixed
+network is as good as a fine-tuned one at 10, and 13 points worse than a fresh start in the end.
 """
 
 import argparse
