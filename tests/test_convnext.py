@@ -87,7 +87,8 @@ def test_logits_equal_the_reference(kind):
     check_evaluation(EVALUATION[kind])
 
 
-@pytest.mark.parametrize('kind', ['layer norm', pytest.param('batch norm', marks=pytest.mark.slow)])
+@pytest.mark.slow  # 20 s each: float64, and 49 shifts a depthwise convolution
+@pytest.mark.parametrize('kind', TRAINING)
 def test_a_step_of_sgd_equals_the_reference(kind):
     check_training(TRAINING[kind])
 

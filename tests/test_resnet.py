@@ -28,7 +28,11 @@ def test_logits_equal_the_reference(pair):
     check_evaluation(pair)
 
 
-@pytest.mark.parametrize('pair', TRAINING, ids=lambda pair: pair.name)
+@pytest.mark.parametrize(
+    'pair',
+    [TRAINING[0], pytest.param(TRAINING[1], marks=pytest.mark.slow)],
+    ids=lambda pair: pair.name,
+)
 def test_a_step_of_sgd_equals_the_reference(pair):
     check_training(pair)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -242,14 +243,17 @@ def test_few_shot_draws_from_the_training_images_alone(tmp_path, monkeypatch):
             Image.fromarray(pixels).save(tmp_path / 'photos' / name / f'{i}.png')
     photos = {'name': f'folder:{tmp_path / "photos"}', 'classes': (), 'image_size': 8}
     config = small(data={**photos, 'train': 'train', 'validation': 'test'}, batch_size=8)
-    fit(config, tmp_path / 'run')
-    seen, extract = [], transfer.extract
+    config = experiment_lib.resolve(config)
+    opened = SimpleNamespace(experiment=SimpleNamespace(config=config))
+    monkeypatch.setattr(runs, 'open_run', lambda *_: opened)
+    seen = []
 
-    def record(run, config, split):
+    def features(_run, _config, split):
         seen.append({str(path) for path in split.source.paths})
-        return extract(run, config, split)
+        labels = split.source.labels
+        return rng.standard_normal((len(labels), 4)) + labels[:, None], labels
 
-    monkeypatch.setattr(transfer, 'extract', record)
+    monkeypatch.setattr(transfer, 'extract', features)
     transfer.few_shot(tmp_path / 'run', [2, 5], 4)
     train, test = seen
     assert train and test and not train & test
@@ -292,37 +296,36 @@ def test_exported_weights_start_a_run_bit_for_bit(source, tmp_path, capsys):
     assert 'nothing is overwritten' in capsys.readouterr().err
 
 
-def test_the_moving_average_is_what_is_exported(tmp_path):
-    state = fit(small(ema_decay=0.9), tmp_path / 'run').state
-    transfer.export_weights(tmp_path / 'run', tmp_path / 'a.safetensors')
-    found = weight_files.read(tmp_path / 'a.safetensors').state['params/head/kernel'].read()
-    np.testing.assert_array_equal(found, state.ema['head']['kernel'])
-    assert not np.array_equal(found, state.params['head']['kernel'])
-
-
 VIT = {'name': 'vit_ti16', 'patch_size': 2, 'depth': 1, 'width': 8, 'heads': 2, 'pooling': 'mean'}
 
 
 @pytest.fixture(scope='module')
 def vit(tmp_path_factory):
-    config = small()
+    config = small(ema_decay=0.9)
     config.model = VIT
-    return fit(config, tmp_path_factory.mktemp('vit') / 'run').workdir
+    return fit(config, tmp_path_factory.mktemp('vit') / 'run')
+
+
+def test_the_moving_average_is_what_is_exported(vit, tmp_path):
+    transfer.export_weights(vit.workdir, tmp_path / 'a.safetensors')
+    found = weight_files.read(tmp_path / 'a.safetensors').state['params/head/kernel'].read()
+    np.testing.assert_array_equal(found, vit.state.ema['head']['kernel'])
+    assert not np.array_equal(found, vit.state.params['head']['kernel'])
 
 
 def test_an_export_that_cannot_be_written_or_computes_something_else_says_so(vit, tmp_path):
     with pytest.warns(UserWarning, match=r"built with pooling='mean' \('token' as published\)"):
-        transfer.export_weights(vit, tmp_path / 'a.safetensors', 'timm')
+        transfer.export_weights(vit.workdir, tmp_path / 'a.safetensors', 'timm')
     with pytest.raises(UserError, match='cannot be written'):
-        transfer.export_weights(vit, tmp_path / 'none' / 'a.safetensors')
+        transfer.export_weights(vit.workdir, tmp_path / 'none' / 'a.safetensors')
     with pytest.raises(UserError, match="Unknown naming scheme 'pytorch'.*torchvision"):
-        transfer.export_weights(vit, tmp_path / 'b.safetensors', 'pytorch')
+        transfer.export_weights(vit.workdir, tmp_path / 'b.safetensors', 'pytorch')
     assert not (tmp_path / 'b.safetensors').exists()
 
 
 def test_a_vit_starts_at_another_size_of_images(vit):
     config = small(data={'image_size': 12})
-    config.model = {**VIT, 'init_from': str(vit)}
+    config.model = {**VIT, 'init_from': str(vit.workdir)}
     found, (event,) = start_of(config)
     assert found['params/position_embedding'].shape == (1, 37, 8) and event['fresh'] == []
 
