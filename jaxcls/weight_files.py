@@ -110,8 +110,7 @@ def _safetensors(path: Path) -> Weights:
 
     state = {name: tensor(name) for name in file.keys()}  # noqa: SIM118
     metadata = file.metadata() or {}
-    names = json.loads(metadata.get('class_names', 'null'))
-    return Weights(_unwrapped(state), _normalization(metadata), names and tuple(names))
+    return Weights(_unwrapped(state), _normalization(metadata), _class_names(metadata))
 
 
 def _normalization(known: Mapping[str, Any]):
@@ -122,6 +121,14 @@ def _normalization(known: Mapping[str, Any]):
     except (KeyError, TypeError, ValueError):
         return None
     return mean, std
+
+
+def _class_names(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
+    """Those that `write` was given; None of a file whose field of this name is something else."""
+    try:
+        return tuple(map(str, json.loads(metadata['class_names'])))
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _torch(path: Path) -> State:

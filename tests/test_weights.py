@@ -121,6 +121,14 @@ def test_pytorch_files_are_read_without_running_code_in_them(tmp_path):
         weight_files.read(tmp_path / 'c.pth')
 
 
+def test_fields_of_the_metadata_that_mean_something_else_are_not_taken_for_ours(tmp_path):
+    other = {'class_names': 'cat, dog', 'mean': 'of all pixels', 'std': '1'}
+    weight_files.write(tmp_path / 'a.safetensors', {'w': np.ones(2, np.float32)}, other)
+    found = weight_files.read(tmp_path / 'a.safetensors')
+    assert found.normalization is None and found.class_names is None
+    assert found.state['w'].read().tolist() == [1, 1]
+
+
 @pytest.mark.parametrize(
     ('name', 'content', 'message'),
     [
