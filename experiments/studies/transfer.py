@@ -28,7 +28,6 @@ from matplotlib.figure import Figure
 
 from jaxcls import config as config_lib
 from jaxcls import fit, metrics
-from jaxcls.registry import lookup
 
 HERE = Path(__file__).parent.parent
 # Images a class -> epochs and batch size: small sets are seen many times.
@@ -42,27 +41,18 @@ ARMS = {
 }
 
 
-def accuracy(config, workdir: Path) -> float:
-    """The last validation accuracy of a run, which is made or gone on with."""
-    return fit(config, workdir).metrics['top1']
-
-
-def source(seed: int, runs: Path) -> Path:
+def train_source(seed: int, runs: Path):
     config = config_lib.load_file(HERE / 'transfer_source.py')
     config.seed = seed
     fit(config, runs / f'source-{seed}')
-    return runs / f'source-{seed}'
 
 
 def target(arm: str, per_class: int, seed: int, runs: Path):
     """The config of one run."""
-    learning_rate, fields = lookup(ARMS, arm, 'arm')
-    config = config_lib.load_file(HERE / 'transfer_target.py')
+    learning_rate, fields = ARMS[arm]
     epochs, batch_size = SIZES[per_class]
-    config.model.init_from = str(runs / f'source-{seed}')
-    with config.unlocked():
-        config.update_from_flattened_dict({'model.norm': 'batch', **fields})
-    config.update(
+    config = config_lib.load_file(HERE / 'transfer_target.py')
+    config.update_from_flattened_dict(
         {
             'seed': seed,
             'epochs': epochs,
@@ -70,9 +60,12 @@ def target(arm: str, per_class: int, seed: int, runs: Path):
             'learning_rate': learning_rate,
             'validate_every_epochs': epochs,
             'checkpoint_every_epochs': epochs,
+            'data.per_class': per_class,
+            'model.init_from': str(runs / f'source-{seed}'),
+            'model.norm': 'batch',
+            **fields,
         }
     )
-    config.data.per_class = per_class
     return config
 
 
@@ -80,11 +73,11 @@ def measure(seeds: int, runs: Path) -> dict[str, dict[int, list[float]]]:
     """Accuracies by arm, size of the training set, and seed."""
     found = {arm: {size: [] for size in SIZES} for arm in ARMS}
     for seed in range(seeds):
-        source(seed, runs)
+        train_source(seed, runs)
         for size in SIZES:
             for arm in ARMS:
                 name = f'{arm.replace(" ", "-")}-{size}-{seed}'
-                value = accuracy(target(arm, size, seed, runs), runs / name)
+                value = fit(target(arm, size, seed, runs), runs / name).metrics['top1']
                 found[arm][size].append(value)
                 print(f'seed {seed}, {size:>5} a class, {arm:<13} {value:.2%}', flush=True)
     return found
