@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcls import datasets, metrics, pipeline, runs, sharding
+from jaxcls import datasets, metrics, runs, sharding
 from jaxcls import experiment as experiment_lib
 from jaxcls.errors import UserError
 
@@ -21,12 +21,7 @@ def make_evaluator(experiment: experiment_lib.Experiment, split: datasets.Split,
     The sums are those of `metrics.batch_sums` and a `confusion` matrix int32 [K, K].
     """
     config = experiment.config
-    examples = len(split.source)
-    batch_size = -(-config.batch_size // mesh.size) * mesh.size
-    count = -(-examples // batch_size)
-    order = functools.partial(pipeline.evaluation_order, examples, batch_size)
-    reader = experiment_lib.make_reader(config, split, train=False)
-    feed = experiment_lib.make_feed(config, reader, order, mesh, count, train=False)
+    feed, count = experiment_lib.make_evaluation_feed(config, split, mesh, config.batch_size)
     place = sharding.replicated(mesh)
 
     @functools.partial(jax.jit, out_shardings=place)
@@ -96,4 +91,4 @@ def evaluate_run(run: runs.Run, split: str = '') -> dict[str, Any]:
 
 
 def _listed(names: tuple[str, ...]) -> str:
-    return f'{len(names)} ({", ".join(names[:5])}{", ..." if len(names) > 5 else ""})'
+    return f'{len(names)} ({runs.first_names(names)})'

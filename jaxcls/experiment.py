@@ -4,6 +4,7 @@ The only module that reads a config's sections. Training, evaluation and every c
 build on it, so that a run means the same wherever it is opened.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -121,6 +122,21 @@ def make_feed(
     return pipeline.stream(reader, order, mesh, steps_, config.data.workers)
 
 
+def make_evaluation_feed(
+    config: ConfigDict, split: datasets.Split, mesh: Mesh, batch_size: int
+) -> tuple[pipeline.Feed, int]:
+    """A feed of every example of a split once, in order, and the number of its batches.
+
+    The batch size is rounded up to a multiple of the devices; the last batch is padded and masked.
+    """
+    examples = len(split.source)
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    count = -(-examples // batch_size)
+    order = functools.partial(pipeline.evaluation_order, examples, batch_size)
+    reader = make_reader(config, split, train=False)
+    return make_feed(config, reader, order, mesh, count, train=False), count
+
+
 def build(config: ConfigDict, image_shape, num_classes: int, examples: int) -> Experiment:
     """Composes a resolved config for images of shape (H, W, C), K classes and N training examples.
 
@@ -133,7 +149,7 @@ def build(config: ConfigDict, image_shape, num_classes: int, examples: int) -> E
     model = registry.bind(MODELS, 'model', **config_lib.arguments('model', config.model))(
         num_classes=num_classes, dtype=dtype, param_dtype=param_dtype
     )
-    layers = check_parameters(config, model, image_shape)
+    layers = _layers(config, model, image_shape)
     total_steps = config_lib.epoch_steps(config.epochs, examples, config.batch_size)
     learning_rate = schedules.make_schedule(
         **config.schedule,
@@ -174,8 +190,8 @@ def build(config: ConfigDict, image_shape, num_classes: int, examples: int) -> E
     )  # fmt: skip
 
 
-def check_parameters(config: ConfigDict, model: nn.Module, image_shape) -> list[str]:
-    """The model's layers, in order, if the config addresses some of them; else an empty list.
+def _layers(config: ConfigDict, model: nn.Module, image_shape) -> list[str]:
+    """The model's top-level modules in the order of the forward pass; [] where the config names none.
 
     Raises:
       UserError: `freeze` is found in no parameter, or in all of them.

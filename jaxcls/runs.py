@@ -149,10 +149,12 @@ def _start_from_weights(experiment, abstract, class_names, report) -> Callable[[
     found = weights.convert(
         experiment.model, weights.flatten(like), theirs.state, config.model.new_head
     )
-    channels = experiment.image_shape[2]
-    ours = tuple(np.broadcast_to(values, channels).tolist() for values in (data.mean, data.std))
-    known = theirs.normalization
-    if known and [np.broadcast_to(v, channels).tolist() for v in known] != [*ours]:
+    known, channels = theirs.normalization, experiment.image_shape[2]
+
+    def per_channel(normalization):
+        return [np.broadcast_to(values, channels).tolist() for values in normalization]
+
+    if known and per_channel(known) != per_channel((data.mean, data.std)):
         warnings.warn(
             f'{source} was trained on images of mean {known[0]} and std {known[1]}, and config.data has '
             f'{data.mean} and {data.std}: set config.data.mean and std to its own.',
@@ -161,8 +163,8 @@ def _start_from_weights(experiment, abstract, class_names, report) -> Callable[[
     kept_head = not any(map(weights.is_head, found.fresh))
     if kept_head and theirs.class_names and theirs.class_names != class_names:
         warnings.warn(
-            f'The head of {source} is for the classes {_some(theirs.class_names)}, and the data have '
-            f'{_some(class_names)}: set config.model.new_head=True to train another.',
+            f'The head of {source} is for the classes {first_names(theirs.class_names)}, and the data have '
+            f'{first_names(class_names)}: set config.model.new_head=True to train another.',
             stacklevel=2,
         )
     report({'loaded': len(found.arrays), 'source': source, 'fresh': found.fresh})
@@ -187,5 +189,6 @@ def _weights_of_run(source: str) -> weight_files.Weights | None:
     return weight_files.Weights(state, (data.mean, data.std), run.class_names)
 
 
-def _some(names: tuple[str, ...]) -> str:
+def first_names(names: tuple[str, ...]) -> str:
+    """At most five names of classes, for a message."""
     return f'{", ".join(names[:5])}{", ..." if len(names) > 5 else ""}'

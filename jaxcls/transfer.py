@@ -21,7 +21,6 @@ from jaxcls import (
     datasets,
     loaders,
     metrics,
-    pipeline,
     registry,
     runs,
     sources,
@@ -44,18 +43,15 @@ def extract(run: runs.Run, config: ConfigDict, split: datasets.Split):
     Returns:
       'pooled' float32 [N, D], and labels int32 [N], in the order of the split.
     """
-    examples = len(split.source)
-    batch_size = -(-min(config.batch_size, examples) // run.mesh.size) * run.mesh.size
-    count = -(-examples // batch_size)
-    order = functools.partial(pipeline.evaluation_order, examples, batch_size)
-    reader = experiment_lib.make_reader(config, split, train=False)
-    if reader.shape != run.experiment.image_shape:
+    shape = experiment_lib.make_reader(config, split, train=False).shape
+    if shape != run.experiment.image_shape:
         raise UserError(
-            f'The images are {list(reader.shape)}, and the run was trained on '
+            f'The images are {list(shape)}, and the run was trained on '
             f"{list(run.experiment.image_shape)}: set --config.data.image_size to the run's size."
         )
-    augment.check_normalization(config.data.mean, config.data.std, reader.shape[2])
-    feed = experiment_lib.make_feed(config, reader, order, run.mesh, count, train=False)
+    augment.check_normalization(config.data.mean, config.data.std, shape[2])
+    batch_size = min(config.batch_size, len(split.source))
+    feed, count = experiment_lib.make_evaluation_feed(config, split, run.mesh, batch_size)
     forward = steps.make_forward(run.experiment.model, config.data.mean, config.data.std)
 
     @jax.jit
@@ -217,7 +213,7 @@ def export_weights(
 def _warn_of_changes(model: ConfigDict, scheme: str):
     """Warns of fields that change what is computed and not which arrays there are."""
     published = registry.defaults(MODELS[model.name])
-    same = {'batch': 'batch', 'frozen_batch': 'batch'}
+    same = {'frozen_batch': 'batch'}
     changed = [
         f'{field}={model[field]!r} ({default!r} as published)'
         for field, default in published.items()

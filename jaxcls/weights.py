@@ -161,7 +161,7 @@ def convert(model: nn.Module, like: Flat, state: State, new_head: bool = False) 
     def is_fresh(path):
         name, transform = table[path]
         if name not in state:
-            return bool(_AUXILIARY.fullmatch(path) or _HEAD.fullmatch(path))
+            return is_auxiliary(path) or bool(_HEAD.fullmatch(path))
         return bool(_HEAD.fullmatch(path)) and (
             new_head or _other_classes(like[path], state[name], transform)
         )
