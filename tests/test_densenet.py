@@ -105,13 +105,6 @@ def test_a_step_of_sgd_equals_the_reference():
     check_training(Pair('densenet121', reference, {**SHALLOW, 'stage_sizes': (2, 1)}, size=16))
 
 
-@pytest.mark.parametrize('name', densenet.MODELS)
-def test_there_are_as_many_parameters_as_published(name):
-    known = densenet.REFERENCES[name]
-    model = make_model(name, num_classes=known.num_classes)
-    assert parity.parameters(parity.shapes_of(model, known.image_shape[0])) == known.parameters
-
-
 FULL = {
     'densenet121': Pair('densenet121', tv('densenet121'), {}, 224),
     'densenet161': Pair('densenet161', tv('densenet161'), {}, 224),
@@ -144,28 +137,6 @@ def test_what_a_stage_starts_with_is_still_there_at_its_end():
     np.testing.assert_array_equal(features['stage1'][..., :24], features['stem'])
     assert features['stage1'].shape == (2, 8, 8, 24 + 2 * 4)
     assert features['stage2'].shape == (2, 4, 4, 16 + 4)
-
-
-def test_dropout_is_of_training_only():
-    fields = {'stage_sizes': (1, 1), 'growth_rate': 4, 'norm': 'none'}
-    plain = make_model('densenet_bc_100_12', **fields)
-    noisy = make_model('densenet_bc_100_12', **fields, dropout=0.5)
-    variables, images = random_variables(plain, 4), parity.images_of(4)
-
-    def logits(model, train, key=0):
-        return model.apply(variables, images, train=train, rngs={'dropout': jax.random.key(key)})[0]
-
-    def all_of_them():
-        return (
-            logits(plain, True),
-            logits(noisy, False),
-            logits(noisy, True),
-            logits(noisy, True, 1),
-        )
-
-    without, evaluated, first, second = jax.jit(all_of_them, compiler_options=parity.quick)()
-    np.testing.assert_allclose(evaluated, without, rtol=1e-6)
-    assert not np.allclose(first, evaluated) and not np.allclose(first, second)
 
 
 def test_the_small_stem_leaves_a_4x4_map_of_32x32_images():

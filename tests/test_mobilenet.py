@@ -9,7 +9,7 @@ from jaxcls.errors import UserError
 from jaxcls.models import make_model
 from jaxcls.models.layers import Style
 from jaxcls.models.mobilenet import MODELS, REFERENCES, STAGES, MBConv, make_divisible
-from parity import Pair, check_evaluation, check_training, images_of, parameters, quick, shapes_of
+from parity import Pair, check_evaluation, check_training, images_of, quick
 from parity import timm_model as tm
 from parity import torchvision_model as tv
 
@@ -109,13 +109,6 @@ def test_a_step_of_sgd_equals_the_reference(pair, rows, monkeypatch):
 
 
 # Sizes
-
-
-@pytest.mark.parametrize('name', MODELS)
-def test_parameter_counts_are_the_published_ones(name):
-    known = REFERENCES[name]
-    shapes = shapes_of(make_model(name, num_classes=known.num_classes), 64)
-    assert parameters(shapes) == known.parameters
 
 
 @pytest.mark.parametrize('name', ['mobilenet_v2', 'mobilenet_v3_small', 'efficientnet_b0'])
