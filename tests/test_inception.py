@@ -159,7 +159,7 @@ def labelled(pair):
 
 def reference_step(pair):
     """All heads' logits, then gradients and running means by PyTorch's name, in float64."""
-    import torch
+    torch = import_or_skip('torch')
 
     module = parity.torch_module(pair.reference).train().double()
     before = {name: value.numpy().copy() for name, value in module.state_dict().items()}
