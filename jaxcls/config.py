@@ -41,6 +41,8 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             'seed': 0,
+            'seeds': 1,  # runs with seed, seed + 1, ..., each in its own directory
+            'seeds_per_program': 0,  # trained together in one program; 0: all, on CPU one by one
             'epochs': 20.0,
             'batch_size': 64,
             'precision': 'float32',  # 'bfloat16': all of it; 'mixed': parameters stay float32
@@ -51,6 +53,8 @@ def get_config() -> ConfigDict:
                 'validation': 'test',  # take 'train[90%:]' to tune, choose or stop early
                 'classes': (),  # (3, 5): only these, relabelled 0 and 1; (): all
                 'per_class': 0,  # training examples of each class, drawn by the seed; 0: all
+                'imbalance': 1.0,  # the largest class over the smallest, a long tail cut by the seed
+                'label_noise': 0.0,  # share of training labels redrawn evenly from the other classes
                 'image_size': 0,  # pixels; 0 keeps the size of the data set
                 'crop': 'center',  # 'random_resized': of the full photo, streamed training only
                 'crop_fraction': 1.0,  # of the short side that a centre crop keeps
@@ -132,7 +136,7 @@ def apply_overrides(config: ConfigDict, overrides: Iterable[tuple[str, str]], ta
     overrides = list(overrides)
     for path, text in overrides:
         if path == 'augment':
-            config.augment = _list(_literal(text))
+            config.augment = _list(literal(text))
     for path, text in overrides:
         _rename(config, path, text)
     complete(config, tables)
@@ -222,10 +226,10 @@ def _parse(text: str, old: Any) -> Any:
         return text
     if isinstance(old, bool):
         return {'true': True, 'false': False}.get(text.lower(), text)
-    return _literal(text)
+    return literal(text)
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
     """The number, tuple, list or dict that a text writes, else the text."""
     try:
         return ast.literal_eval(text)
@@ -279,9 +283,13 @@ def validate(config: ConfigDict):
 _TINY = 1e-12
 _RANGES = (
     ('seed', 0, 2**31 - 1),
+    ('seeds', 1, 10_000),
+    ('seeds_per_program', 0, 10_000),
     ('epochs', _TINY, math.inf),
     ('batch_size', 1, 2**24),
     ('data.per_class', 0, 2**31 - 1),
+    ('data.imbalance', 1, 1e6),
+    ('data.label_noise', 0, 1),
     ('data.image_size', 0, 4096),
     ('data.crop_fraction', 0.01, 1.0),
     ('data.workers', 0, 512),

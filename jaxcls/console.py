@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from jaxcls import train as train_lib
+from jaxcls import page, results
 
 
 class Reporter:
@@ -98,6 +98,21 @@ class Reporter:
     def on_checkpoint(self, event):
         pass
 
+    def on_member(self, event):
+        self.print(f'Training in {", ".join(map(str, event["workdirs"]))}')
+
+    def on_together(self, event):
+        experiment, seeds = event['experiment'], event['seeds']
+        self.total, self.batch_size = experiment.total_steps, experiment.config.batch_size
+        self.epochs_a_step = self.batch_size / experiment.examples
+        self.print(f'{len(seeds)} seeds in one program, {self.total:,} steps, {event["workdir"]}')
+        self.first, self.begin = event['step'], time.perf_counter()
+
+    def on_baseline(self, event):
+        self.print(
+            f'{event["estimator"]} on {event["examples"]:,} images, {event["features"]:,} features'
+        )
+
     def line(self, event) -> str:
         """Where a record was taken, its loss and its accuracy."""
         place = f'step {event["step"]:>{len(str(self.total))}}/{self.total}  epoch {event["epoch"]:7.2f}'
@@ -118,6 +133,25 @@ class Reporter:
         """Takes the live line away."""
         if self.progress.live.is_started:
             self.progress.stop()
+
+
+class SweepReporter:
+    """`on_event` of a sweep or a study: a line for each setting, and what each run ends with."""
+
+    def __init__(self, console: Console):
+        self.console = console
+
+    def __call__(self, event: dict[str, Any]):
+        if jax.process_index():
+            return
+        if event['kind'] == 'setting':
+            self.print(f'[{event["number"]}/{event["count"]}] {event["name"]}')
+        elif event['kind'] == 'row':
+            self.print(f'  {event["text"]}')
+
+    def print(self, text: str):
+        """One line, as it is."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def describe_devices(mesh) -> str:
@@ -143,9 +177,21 @@ def average(records: list[dict[str, Any]]) -> dict[str, float | None]:
     }
 
 
-def result_table(result: train_lib.Result, summary: dict[str, Any]) -> Table:
+def section_table(section: dict[str, Any]) -> Table:
+    """A table section of `page` for the terminal."""
+    table = Table(title=escape(section['title']), title_justify='left', caption_justify='left')
+    for name, kind in zip(section['columns'], section['formats'], strict=True):
+        table.add_column(escape(name), justify='left' if kind == 'text' else 'right')
+    for row in section['rows']:
+        cells = zip(row, section['formats'], strict=True)
+        table.add_row(*(escape(page.show(cell, kind)) for cell, kind in cells))
+    return table
+
+
+def result_table(member: results.Member) -> Table:
     """The end of a run: accuracy with its interval, the gap, where the files are."""
-    title = escape(f'Result of {result.workdir}')
+    summary = member.result
+    title = escape(f'Result of {member.workdir}')
     table = Table(show_header=False, title=title, title_justify='left')
     low, high = summary['top1_interval']
     rows = {
@@ -155,7 +201,7 @@ def result_table(result: train_lib.Result, summary: dict[str, Any]) -> Table:
         'macro F1, mean IoU': f'{summary["f1_macro"]:.4f}, {summary["iou_mean"]:.4f}',
         'validation loss': show(summary['loss']),
     }
-    train = [record for record in result.records if record['kind'] == 'train']
+    train = member.of_kind('train')
     last = average([r for r in train if r['epoch'] > summary['epoch'] - 1])
     if last['top1'] is not None:
         rows['training, last epoch'] = f'loss {last["loss"]:.4f}, accuracy {last["top1"]:.2%}'

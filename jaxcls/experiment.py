@@ -5,7 +5,7 @@ build on it, so that a run means the same wherever it is opened.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from jaxcls import (
     augment,
     datasets,
+    estimators,
     losses,
     optimizers,
     pipeline,
@@ -32,7 +33,7 @@ from jaxcls.errors import UserError
 from jaxcls.models import MODELS
 
 TABLES = {
-    'model': MODELS,
+    'model': MODELS | estimators.BASELINES,
     'loss': losses.LOSSES,
     'optimizer': optimizers.OPTIMIZERS,
     'schedule': schedules.SCHEDULES,
@@ -94,16 +95,65 @@ def resolve(config: ConfigDict) -> ConfigDict:
     return config.lock()
 
 
+def is_baseline(config: ConfigDict) -> bool:
+    """Whether the model is a classical one, not a network."""
+    return config.model.name in estimators.BASELINES
+
+
 def load_split(config: ConfigDict, split: str) -> datasets.Split:
     """A split of the config's data set and classes, its image size checked.
 
-    What `data.train` names is cut to `data.per_class`; other splits, slices of it included, are not.
+    What `data.train` names is cut to `data.per_class` and `data.imbalance` and has `data.label_noise`;
+    other splits, slices of it included, are whole and right.
     """
     data = config.data
-    per_class = data.per_class if split == data.train else 0
-    loaded = datasets.load(data.name, split, data.dir, config.seed, data.classes, per_class)
+    cut = (data.per_class, data.imbalance, data.label_noise) if split == data.train else ()
+    loaded = datasets.load(data.name, split, data.dir, config.seed, data.classes, *cut)
     pipeline.check_size(loaded, data.image_size)
     return loaded
+
+
+def load_splits(config: ConfigDict) -> tuple[datasets.Split, datasets.Split]:
+    """The training and the validation split.
+
+    Raises:
+      UserError: they have different classes.
+    """
+    train, validation = (load_split(config, s) for s in (config.data.train, config.data.validation))
+    ours, theirs = train.class_names, validation.class_names
+    if ours != theirs:
+        raise UserError(
+            f'The training split has {len(ours)} classes and the validation split '
+            f'{len(theirs)}; only in training: {sorted(set(ours) - set(theirs))[:5]}, only '
+            f'in validation: {sorted(set(theirs) - set(ours))[:5]}. Give both the same classes.'
+        )
+    return train, validation
+
+
+def describe_data(
+    config: ConfigDict, reader: pipeline.Reader, validation: datasets.Split
+) -> dict[str, Any]:
+    """What a run keeps about its data: class names, image shape, sizes of its splits."""
+    data, split = config.data, reader.split
+    described = {
+        'class_names': split.class_names,
+        'image_shape': reader.shape,
+        'examples': {data.train: len(split.source), data.validation: len(validation.source)},
+    }
+    if losses.needs_counts(**config.loss):
+        described['class_counts'] = datasets.class_counts(split)
+    return described
+
+
+def build_for(config: ConfigDict, data: Mapping[str, Any]) -> Experiment:
+    """`build` for the data that `describe_data` describes."""
+    return build(
+        config,
+        tuple(data['image_shape']),
+        len(data['class_names']),
+        data['examples'][config.data.train],
+        data.get('class_counts'),
+    )
 
 
 def make_reader(config: ConfigDict, split: datasets.Split, train: bool) -> pipeline.Reader:
@@ -137,12 +187,23 @@ def make_evaluation_feed(
     return make_feed(config, reader, order, mesh, count, train=False), count
 
 
-def build(config: ConfigDict, image_shape, num_classes: int, examples: int) -> Experiment:
+def build(
+    config: ConfigDict,
+    image_shape,
+    num_classes: int,
+    examples: int,
+    class_counts: Sequence[int] | None = None,
+) -> Experiment:
     """Composes a resolved config for images of shape (H, W, C), K classes and N training examples.
+
+    Args:
+      class_counts: training examples of each class, for a loss that is weighted by them.
 
     Raises:
       UserError: a value that does not fit the model, the data or the length of the run.
     """
+    if is_baseline(config):
+        raise UserError(f'{config.model.name} is no network; choose one of `jaxcls models`.')
     dtype, param_dtype = _DTYPES[config.precision]
     data = config.data
     augment.check_normalization(data.mean, data.std, image_shape[2])
@@ -168,7 +229,7 @@ def build(config: ConfigDict, image_shape, num_classes: int, examples: int) -> E
         layer_decay=config.layer_decay,
         layers=layers,
     )
-    loss = losses.make_loss(**config.loss)
+    loss = losses.make_loss(**config.loss, class_counts=class_counts)
     gradients = steps.plain_gradients
     if config.accumulate_steps > 1:
         gradients = steps.accumulated_gradients(config.accumulate_steps, gradients)
@@ -254,15 +315,16 @@ def initial_state(
       start: `variables -> variables`, on the host: trained weights in place of the fresh ones.
     """
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    seed, ema_decay = experiment.config.seed, experiment.config.ema_decay
+    # The seed is an argument, so that another one finds the same program in the cache.
+    seed, ema_decay = np.int32(experiment.config.seed), experiment.config.ema_decay
     # It runs once, and on CPU most of it is compiling random numbers, which optimised takes seconds.
     options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
     if start is None:
         fresh = jax.jit(
-            lambda: init(experiment, seed), out_shardings=placed, compiler_options=options
+            lambda seed: init(experiment, seed), out_shardings=placed, compiler_options=options
         )
-        return fresh()
-    state = jax.jit(lambda: init(experiment, seed), compiler_options=options)()
+        return fresh(seed)
+    state = jax.jit(lambda seed: init(experiment, seed), compiler_options=options)(seed)
     key = jax.random.key_data(state.key)
     variables = start(jax.device_get({'params': state.params, 'batch_stats': state.batch_stats}))
     begin = jax.jit(

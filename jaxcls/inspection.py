@@ -3,6 +3,7 @@
 import collections
 import fnmatch
 import functools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from jaxcls import augment, datasets, pipeline, report, steps
+from jaxcls import augment, datasets, pictures, pipeline, steps
 from jaxcls import experiment as experiment_lib
 from jaxcls.errors import UserError
 from jaxcls.models import MODELS, REFERENCES, make_model
@@ -88,8 +89,9 @@ def _shape(config: ConfigDict) -> tuple[tuple[int, int, int], int, int]:
     """Image shape, classes and training examples, from the data set's description."""
     data = config.data
     info = datasets.describe(
-        data.name, data.train, data.dir, config.seed, data.classes, data.per_class
-    )
+        data.name, data.train, data.dir, config.seed, data.classes, data.per_class,
+        data.imbalance, data.label_noise,
+    )  # fmt: skip
     height, width, channels = info.shape
     if not (height or data.image_size):
         raise UserError(pipeline.VARYING_SIZES)
@@ -198,6 +200,28 @@ def count_flops(function, *args) -> int:
     return count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
+def cost(experiment: experiment_lib.Experiment, state: steps.TrainState) -> dict[str, Any]:
+    """What the network costs: parameters, FLOPs of one image, and the memory of a device at its peak."""
+    variables = steps.evaluation_variables(state)
+    image = jax.ShapeDtypeStruct((1, *experiment.image_shape), jnp.uint8)
+    return {
+        'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        'flops': count_flops(experiment.predict, variables, image),
+        'peak_bytes': _peak_bytes(),
+    }
+
+
+def _peak_bytes() -> int:
+    """Of the device's memory; on CPU, of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if 'peak_bytes_in_use' in stats:
+        return stats['peak_bytes_in_use']
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def _flops(equation) -> int:
     name, output = equation.primitive.name, equation.outvars[0].aval
     if name == 'conv_general_dilated':
@@ -232,7 +256,7 @@ def describe_data(config: ConfigDict, sheet: Path, samples: int) -> dict[str, An
     split = experiment_lib.load_split(config, config.data.train)
     reader = experiment_lib.make_reader(config, split, train=True)
     count = np.bincount(read_labels(split.source), minlength=len(split.class_names))
-    figure = report.sheet(*_augmented(config, reader, samples))
+    figure = pictures.sheet(*_augmented(config, reader, samples))
     try:
         figure.savefig(sheet, dpi=120)
     except (OSError, ValueError) as error:

@@ -4,16 +4,18 @@ Padding (mask False) adds nothing, whatever its logits and labels hold.
 """
 
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcls.errors import UserError
-
 Sums = dict[str, jax.Array]
+
+BINS = 15  # of confidence, as Guo et al. take
+# The log loss of a probability below float64's epsilon, which scikit-learn clips to it.
+LARGEST_LOG_LOSS = -math.log(np.finfo(np.float64).eps)
+_EDGES = np.linspace(0, 1, BINS + 1).astype(np.float32)
 
 
 def batch_sums(logits: jax.Array, label: jax.Array, loss: jax.Array, mask: jax.Array) -> Sums:
@@ -40,6 +42,45 @@ def batch_sums(logits: jax.Array, label: jax.Array, loss: jax.Array, mask: jax.A
         'loss': jnp.sum(jnp.where(mask, loss, 0.0), dtype=jnp.float32),
         'top1': jnp.sum((rank < 1) & mask, dtype=jnp.int32),
         'top5': jnp.sum((rank < 5) & mask, dtype=jnp.int32),
+    }
+
+
+def top_k(logits: jax.Array, label: jax.Array, k: int) -> jax.Array:
+    """Whether the label is in the top k, as in `batch_sums`: `[B, K]`, int32 `[B]` -> bool `[B]`."""
+    return _rank(logits, label) < k
+
+
+def calibration_sums(logits: jax.Array, label: jax.Array, mask: jax.Array) -> Sums:
+    """Sums over the examples of one batch of what their probabilities, the softmax, are worth.
+
+    The confidence of an example is its greatest probability. It falls in one of 15 equal bins
+    (low, high] (Guo et al. 2017, https://arxiv.org/abs/1706.04599). An example with a logit that is
+    not finite counts as certain and wrong: confidence 1, Brier score 2, the largest log loss.
+
+    Args:
+      logits: float `[B, K]`.
+      label: int32 `[B]`.
+      mask: bool `[B]`.
+
+    Returns:
+      `log_loss` (nats; at most 36.04 an example, scikit-learn's clip), `brier` (squared errors summed
+      over the classes, in [0, 2]; Brier 1950), `bin_confidence` `[15]`: float32; `bin_count` and
+      `bin_right` `[15]`: int32.
+    """
+    finite, right = jnp.all(jnp.isfinite(logits), axis=-1), top_k(logits, label, 1)
+    logits = jnp.where(finite[:, None], logits, 0).astype(jnp.float32)
+    own = jnp.arange(logits.shape[-1]) == label[:, None]
+    p, log_p = jax.nn.softmax(logits), jax.nn.log_softmax(logits)
+    log_loss = jnp.minimum(-jnp.sum(jnp.where(own, log_p, 0), axis=-1), LARGEST_LOG_LOSS)
+    brier = jnp.sum(jnp.square(p - own), axis=-1)
+    confidence = jnp.where(finite, jnp.max(p, axis=-1), 1)[:, None]
+    inside = (confidence > _EDGES[:-1]) & (confidence <= _EDGES[1:]) & mask[:, None]
+    return {
+        'log_loss': jnp.sum(jnp.where(finite, log_loss, LARGEST_LOG_LOSS), where=mask),
+        'brier': jnp.sum(jnp.where(finite, brier, 2), where=mask),
+        'bin_count': jnp.sum(inside, axis=0, dtype=jnp.int32),
+        'bin_right': jnp.sum(inside & right[:, None], axis=0, dtype=jnp.int32),
+        'bin_confidence': jnp.sum(jnp.where(inside, confidence, 0), axis=0),
     }
 
 
@@ -74,21 +115,49 @@ def summarize(sums: Mapping[str, jax.Array]) -> dict[str, float]:
     """Sums over a whole split to metrics, as Python floats, in float64.
 
     Returns:
-      `examples`, the mean `loss`, `top1` and `top5` in [0, 1]; NaN for all three without examples.
-      Where `sums` has a `confusion` matrix, also what scikit-learn gives with `zero_division=0`:
-      `balanced_accuracy` (mean recall of the classes that have examples), `precision_macro`,
-      `recall_macro`, `f1_macro`, `iou_mean` (Jaccard; means over the classes that are true or
-      predicted at least once) and `f1_weighted` (by true examples).
+      `examples` and, of those in `sums`, the means `loss`, `top1`, `top5` in [0, 1], `log_loss` and
+      `brier` (scikit-learn's with `scale_by_half=False`); NaN without examples. With the bins of
+      `calibration_sums` also `ece`, the expected calibration error: the mean over the examples of
+      |accuracy - mean confidence| of their bin. With a `confusion` matrix also what scikit-learn
+      gives with `zero_division=0`: `balanced_accuracy` (mean recall of the classes that have
+      examples); `precision_`, `recall_` and `f1_` with `macro` (mean over the classes that are true
+      or predicted at least once), `weighted` (by true examples) and `micro` (all three are top1);
+      `iou_mean` (Jaccard, macro); `kappa` (Cohen's; NaN where one class is all that is true and
+      predicted) and `matthews` (0 where only one class is true, or only one predicted).
     """
     sums = jax.device_get(dict(sums))
     examples = int(sums['examples'])
-    means = {
-        k: float(sums[k]) / examples if examples else math.nan for k in ('loss', 'top1', 'top5')
-    }
-    metrics = {'examples': float(examples), **means}
+    metrics = {'examples': float(examples)}
+    for name in ('loss', 'top1', 'top5', 'log_loss', 'brier'):
+        if name in sums:
+            metrics[name] = float(sums[name]) / examples if examples else math.nan
+    if 'bin_count' in sums:
+        gaps = np.abs(np.float64(sums['bin_right']) - np.float64(sums['bin_confidence']))
+        metrics['ece'] = float(gaps.sum()) / examples if examples else math.nan
     if 'confusion' in sums:
         metrics |= _averages(sums['confusion'])
     return metrics
+
+
+def reliability(sums: Mapping[str, jax.Array]) -> list[dict[str, float | int | None]]:
+    """The bins of `calibration_sums` as rows of a reliability diagram.
+
+    Returns:
+      15 of `{'low', 'high', 'count', 'confidence', 'accuracy'}`: the bin (low, high], its examples,
+      their mean confidence and accuracy (None where there are none).
+    """
+    columns = ('bin_count', 'bin_confidence', 'bin_right')
+    rows = zip(*(np.asarray(jax.device_get(sums[name])) for name in columns), strict=True)
+    return [
+        {
+            'low': i / BINS,
+            'high': (i + 1) / BINS,
+            'count': int(count),
+            'confidence': float(confidence) / int(count) if count else None,
+            'accuracy': int(right) / int(count) if count else None,
+        }
+        for i, (count, confidence, right) in enumerate(rows)
+    ]
 
 
 def _averages(matrix: np.ndarray) -> dict[str, float]:
@@ -97,16 +166,29 @@ def _averages(matrix: np.ndarray) -> dict[str, float]:
     seen = support + predicted > 0
     if not seen.any():
         seen = ~seen
-    mean = {
-        name: float(classes[name][seen].mean()) for name in ('precision', 'recall', 'f1', 'iou')
-    }
+    means = {'balanced_accuracy': _ratio(classes['recall'].sum(), (support > 0).sum())}
+    for name in ('precision', 'recall', 'f1'):
+        means |= {
+            f'{name}_macro': classes[name][seen].mean(),
+            f'{name}_micro': _ratio(np.trace(matrix), support.sum()),
+            f'{name}_weighted': _ratio(classes[name] @ support, support.sum()),
+        }
+    means['iou_mean'] = classes['iou'][seen].mean()
+    return {name: float(mean) for name, mean in means.items()} | _agreement(matrix)
+
+
+def _agreement(matrix: np.ndarray) -> dict[str, float]:
+    """Cohen's kappa (Cohen 1960) and the correlation of true and predicted (Gorodkin 2004)."""
+    matrix = np.asarray(matrix, np.int64)
+    support, predicted, n = matrix.sum(1), matrix.sum(0), int(matrix.sum())
+    above = int(np.trace(matrix)) * n - int(support @ predicted)
+    room = n * n - int(support @ predicted)
+    spread = math.sqrt(n * n - int(support @ support)) * math.sqrt(
+        n * n - int(predicted @ predicted)
+    )
     return {
-        'balanced_accuracy': float(_ratio(classes['recall'].sum(), (support > 0).sum())),
-        'precision_macro': mean['precision'],
-        'recall_macro': mean['recall'],
-        'f1_macro': mean['f1'],
-        'f1_weighted': float(_ratio(classes['f1'] @ support, support.sum())),
-        'iou_mean': mean['iou'],
+        'kappa': above / room if room else math.nan,
+        'matthews': above / spread if spread else 0.0,
     }
 
 
@@ -131,50 +213,3 @@ def per_class(matrix: np.ndarray) -> dict[str, np.ndarray]:
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.where(whole > 0, part / np.maximum(whole, 1), 0.0)
-
-
-def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, such as one run's accuracy on `n` examples.
-
-    It holds what the finite test split leaves open, not what another seed would change. (0, 1) for
-    n = 0. Wilson, 1927, https://doi.org/10.1080/01621459.1927.10502953.
-
-    Raises:
-      UserError: successes outside [0, n], or confidence outside (0, 1).
-    """
-    _check_confidence(confidence)
-    if not 0 <= successes <= n:
-        raise UserError(f'{successes} successes of {n} are not a proportion; give 0 to {n}.')
-    if n == 0:
-        return 0.0, 1.0
-    z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
-    p, z2 = successes / n, z * z / n
-    center = (p + z2 / 2) / (1 + z2)
-    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n)) / (1 + z2)
-    return min(p, center - half), max(p, center + half)
-
-
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """The mean of a few runs and the half-width of Student's t interval about it.
-
-    The half-width is infinite for one value, which says nothing about the next.
-
-    Raises:
-      UserError: no values, or confidence outside (0, 1).
-    """
-    _check_confidence(confidence)
-    values = np.asarray(values, np.float64)
-    n = values.size
-    if n == 0:
-        raise UserError('mean_interval got no values; give those of one run at least.')
-    if n == 1:
-        return float(values[0]), math.inf
-    from scipy.special import stdtrit  # slow to import
-
-    quantile = stdtrit(n - 1, (1 + confidence) / 2)
-    return float(values.mean()), float(quantile * values.std(ddof=1) / math.sqrt(n))
-
-
-def _check_confidence(confidence: float):
-    if not 0 < confidence < 1:
-        raise UserError(f'confidence is {confidence!r}; it must be between 0 and 1, such as 0.95.')

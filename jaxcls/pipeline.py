@@ -307,9 +307,10 @@ def resident(reader: Reader, order: Order, mesh: Mesh) -> Feed:
 
 def _index_items(order: Order, mesh: Mesh, step: int, count: int):
     batches = [order(s) for s in range(step, step + count)]
-    rows = sharding.local_rows(len(batches[0]['index']))
-    stacked = {key: np.stack([batch[key][rows] for batch in batches]) for key in batches[0]}
-    return sharding.put_local(stacked, sharding.split_batch(mesh, axis=1))
+    *many, size = batches[0]['index'].shape  # many: runs in one program, each with its own batch
+    rows = sharding.local_rows(size)
+    stacked = {key: np.stack([batch[key][..., rows] for batch in batches]) for key in batches[0]}
+    return sharding.put_local(stacked, sharding.split_batch(mesh, axis=1 + len(many)))
 
 
 def _gather(data, item):

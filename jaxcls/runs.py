@@ -42,9 +42,7 @@ def open_run(directory: str | Path, checkpoint: str = 'latest') -> Run:
     config = experiment_lib.resolve(workdir_lib.read_config(directory))
     data = workdir_lib.read_data(directory)
     mesh = sharding.make_mesh()
-    experiment = experiment_lib.build(
-        config, data['image_shape'], len(data['class_names']), data['examples'][config.data.train]
-    )
+    experiment = experiment_lib.build_for(config, data)
     like = experiment_lib.abstract_checkpoint(experiment, mesh)
     checkpoints = workdir_lib.Checkpoints(directory, config.keep_checkpoints, read_only=True)
     try:

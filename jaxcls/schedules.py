@@ -57,7 +57,7 @@ def exponential(
     staircase: bool = True,
 ) -> Schedule:
     """Multiplies the rate by `factor` every few epochs: at once, or evenly if not `staircase`."""
-    require(0 < factor <= 1, 'schedule.factor', factor, 'more than 0 and at most 1')
+    require(0 < factor < math.inf, 'schedule.factor', factor, 'more than 0 and finite')
     require(every_epochs > 0, 'schedule.every_epochs', every_epochs, 'more than 0')
     steps = every_epochs * span.steps_per_epoch
     return optax.exponential_decay(learning_rate, steps, factor, staircase=staircase)

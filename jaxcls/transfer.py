@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 from jaxcls import (
     augment,
     datasets,
+    intervals,
     loaders,
-    metrics,
     registry,
     runs,
     sources,
@@ -116,7 +116,7 @@ def few_shot(
     run = runs.open_run(workdir, checkpoint)
     config = ConfigDict(run.experiment.config.to_dict())
     config_lib.apply_overrides(config, overrides, experiment_lib.TABLES)
-    config.data.per_class = 0
+    config.data.update(per_class=0, imbalance=1.0, label_noise=0.0)
     config = experiment_lib.resolve(config)
     validation = experiment_lib.load_split(config, config.data.validation)
     train = experiment_lib.load_split(config, config.data.train)
@@ -134,7 +134,7 @@ def few_shot(
     results = []
     for per_class in shots:
         draws = [accuracy(per_class, seed) for seed in range(seeds)]
-        half_width = metrics.mean_interval(draws)[1] if seeds > 1 else None
+        half_width = intervals.mean_interval(draws)[1] if seeds > 1 else None
         results.append(
             {
                 'per_class': per_class,

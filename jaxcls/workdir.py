@@ -86,15 +86,20 @@ def check(workdir: Path, config: ConfigDict):
     if (workdir / 'config.json').exists():
         changes = config_lib.differences(read_config(workdir), config)
         if changes and _has_begun(workdir):
-            lines = [f'  {key}: {old!r} there, {new!r} now' for key, (old, new) in changes.items()]
-            raise UserError(
-                f'{workdir} holds a run of a different config:\n' + '\n'.join(lines) + '\n'
-                'Choose another --workdir, or the same config to continue that run.'
-            )
+            raise UserError(another_config(workdir, changes))
     elif workdir.is_dir() and any(map(_is_foreign, workdir.iterdir())):
         raise UserError(
             f'{workdir} holds files but no run (no config.json). Choose an empty or new --workdir.'
         )
+
+
+def another_config(workdir: Path, changes: dict[str, tuple[Any, Any]]) -> str:
+    """The message where a directory has a run whose config differs, by `config.differences`."""
+    lines = [f'  {key}: {old!r} there, {new!r} now' for key, (old, new) in changes.items()]
+    return (
+        f'{workdir} holds a run of a different config:\n' + '\n'.join(lines) + '\n'
+        'Choose another --workdir, or the same config to continue that run.'
+    )
 
 
 def _has_begun(workdir: Path) -> bool:
@@ -239,10 +244,12 @@ def append_metrics(workdir: Path, record: dict[str, Any]):
         os.fsync(file.fileno())
 
 
-def rewind_metrics(workdir: Path, step: int):
-    """Drops the records after a step, so that the run that resumes there writes each once."""
+def rewind_metrics(workdir: Path, step: int) -> list[dict[str, Any]]:
+    """The records up to a step; the others are dropped, so that a run that resumes there writes each once."""
     records = [record for record in read_metrics(workdir) if record['step'] <= step]
-    write_text(workdir / 'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in records))
+    if jax.process_index() == 0:
+        write_text(workdir / 'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in records))
+    return records
 
 
 class Restored(NamedTuple):

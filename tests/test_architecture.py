@@ -7,23 +7,18 @@ import jaxcls
 
 FLOORS = [
     {'errors', 'registry', 'config'},
-    {'losses', 'metrics', 'optimizers', 'schedules', 'image_ops', 'augment', 'sources', 'download'}
-    | {
-        'prepare',
-        'loaders',
-        'datasets',
-        'pipeline',
-        'sharding',
-        'workdir',
-        'models',
-        'weight_files',
-    },
-    {'steps', 'weights'},
+    {'losses', 'metrics', 'intervals', 'predictions', 'optimizers', 'schedules', 'image_ops', 'augment'}
+    | {'sources', 'download', 'prepare', 'loaders', 'datasets', 'pipeline', 'sharding', 'workdir'}
+    | {'models', 'weight_files', 'estimators', 'pictures', 'page', 'charts', 'gallery'},
+    {'steps', 'weights', 'results'},
     {'experiment'},
-    {'runs'},
-    {'evaluation', 'inspection', 'report', 'serve', 'transfer'},
-    {'train'},
-    {'console', 'main'},
+    {'runs', 'tta', 'propagation'},
+    {'evaluation', 'inspection', 'serve', 'transfer', 'lr_find', 'compare', 'loop'},
+    {'report', 'baselines'},
+    {'train', 'seeds'},
+    {'sweep'},
+    {'study'},
+    {'console', 'commands', 'main'},
 ]
 # On these floors modules are a chain; these are its allowed links.
 WITHIN = {
@@ -31,7 +26,7 @@ WITHIN = {
     ('augment', 'image_ops'), ('optimizers', 'schedules'),
     ('prepare', 'download'), ('loaders', 'prepare'), ('loaders', 'sources'), ('datasets', 'loaders'),
     ('datasets', 'sources'), ('pipeline', 'datasets'), ('pipeline', 'sources'), ('pipeline', 'sharding'),
-    ('inspection', 'report'), ('weight_files', 'download'), ('main', 'console'),
+    ('predictions', 'metrics'), ('predictions', 'intervals'), ('weight_files', 'download'), ('main', 'commands'), ('commands', 'console'), ('page', 'charts'),
 }  # fmt: skip
 ROOT = Path(jaxcls.__file__).parent
 

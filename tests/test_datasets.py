@@ -204,6 +204,9 @@ def test_the_fingerprint_is_of_the_data_and_the_slice(named, kind):
         ('train', {'classes': (1, 0)}),
         ('train', {'per_class': 2}),
         ('train[10%:]', {'classes': (1, 0), 'per_class': 1}),
+        ('train', {'imbalance': 3.0, 'label_noise': 0.5}),
+        ('train', {'classes': (1, 0), 'imbalance': 3.0}),
+        ('train[10%:]', {'per_class': 3, 'imbalance': 2.0}),
     ],
 )
 def test_a_description_agrees_with_the_split(named, kind, part, subset):
@@ -247,6 +250,120 @@ def test_per_class_draws_nested_subsets_by_the_seed(named, kind):
     few = everything(named(kind, 'train', classes=(1, 0), per_class=2).source)
     assert few == [(image, 1 - y) for image, y in drawn[1] if y in (0, 1)]
     assert everything(pickle.loads(pickle.dumps(subsets[1])).source) == drawn[1]
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_long_tail_is_nested_in_the_split_and_in_smaller_imbalances(named, kind):
+    split = named(kind, 'train')
+    whole, sizes = everything(split.source), datasets.class_counts(split)
+    tails = [named(kind, 'train', imbalance=x) for x in (1.5, 4.0, 1e6)]
+    kept = [everything(tail.source) for tail in tails]
+    for imbalance, tail in zip((1.5, 4.0, 1e6), tails, strict=True):
+        last = len(sizes) - 1
+        wanted = [
+            max(1, int(max(sizes) * imbalance ** (-k / last) + 1e-9)) for k in range(last + 1)
+        ]
+        assert datasets.class_counts(tail) == tuple(map(min, sizes, wanted))
+    for larger, smaller in itertools.pairwise([whole, *kept]):
+        rest = iter(larger)
+        assert all(one in rest for one in smaller)  # in the order of the split
+        assert len(smaller) < len(larger)
+    others = [named(kind, 'train', seed, imbalance=4.0) for seed in (1, 2)]
+    assert any(set(everything(other.source)) != set(kept[1]) for other in others)
+    assert len({s.fingerprint for s in (split, *tails, *others)}) == 6
+    assert everything(pickle.loads(pickle.dumps(tails[1])).source) == kept[1]
+    few = everything(named(kind, 'train', per_class=3, imbalance=3.0).source)
+    of_each = everything(named(kind, 'train', per_class=3).source)
+    assert set(few) < set(of_each)
+    # The first class that is kept is the head.
+    turned = named(kind, 'train', classes=(1, 0), per_class=3, imbalance=3.0)
+    assert datasets.class_counts(turned) == (3, 1)
+
+
+def test_the_sizes_of_a_tail_are_those_of_the_papers():
+    cifar = datasets.tail_sizes([5000] * 10, 100)
+    assert cifar == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50] and sum(cifar) == 12_406
+    assert datasets.tail_sizes([500] * 100, 100)[-1] == 5
+    assert datasets.tail_sizes([7, 9, 0], 1.0) == [7, 9, 0] and datasets.tail_sizes([4], 9.0) == [4]
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_label_noise_makes_a_share_of_the_labels_wrong(named, kind):
+    split = named(kind, 'train')
+    images, true = zip(*everything(split.source), strict=True)
+    true, previous, wrong_before, seen = np.array(true), true, set(), {split.fingerprint}
+    for share in (0.2, 0.5, 1.0):
+        noisy = named(kind, 'train', label_noise=share)
+        assert tuple(image for image, _ in everything(noisy.source)) == images
+        labels = np.array([label for _, label in everything(noisy.source)])
+        wrong = np.flatnonzero(labels != true)
+        assert len(wrong) == round(share * len(true))
+        np.testing.assert_array_equal(wrong, datasets.noisy_indices(len(true), share, 0))
+        assert wrong_before < set(wrong)
+        for i in wrong_before:  # what was wrong stays wrong in the same way
+            assert labels[i] == previous[i]
+        np.testing.assert_array_equal(noisy.source.labels, labels)
+        assert everything(pickle.loads(pickle.dumps(noisy)).source) == everything(noisy.source)
+        previous, wrong_before = labels, set(wrong)
+        seen.add(noisy.fingerprint)
+    other = named(kind, 'train', 1, label_noise=0.5)
+    assert len(seen | {other.fingerprint}) == 5
+
+
+def test_wrong_labels_are_spread_evenly_over_the_other_classes():
+    true = datasets.load('digits', 'train').source.labels
+    counts = np.zeros((10, 10))
+    for seed in range(10):
+        noisy = datasets.load('digits', 'train', seed=seed, label_noise=0.5).source.labels
+        np.add.at(counts, (true, noisy), 1)
+    wrong = counts[~np.eye(10, dtype=bool)]
+    expected = 10 * len(true) / 2 / 90
+    # Chi-square of 90 places: mean about 89, standard deviation 13.
+    assert 50 < ((wrong - expected) ** 2 / expected).sum() < 140
+    assert np.diag(counts).sum() == 10 * (len(true) - round(0.5 * len(true)))
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_neutral_cuts_change_nothing(named, kind):
+    plain, neutral = (
+        named(kind, 'train', **cut) for cut in ({}, {'imbalance': 1.0, 'label_noise': 0.0})
+    )
+    assert neutral.fingerprint == plain.fingerprint
+    assert everything(neutral.source) == everything(plain.source)
+    few, neutral = (
+        named(kind, 'train', per_class=2, **cut)
+        for cut in ({}, {'imbalance': 1.0, 'label_noise': 0.0})
+    )
+    assert neutral.fingerprint == few.fingerprint
+
+
+def test_noise_follows_the_tail_and_counts_are_of_the_labels_there_are(named):
+    noisy = named('digits', 'train', imbalance=10.0, label_noise=0.3)
+    clean = named('digits', 'train', imbalance=10.0)
+    np.testing.assert_array_equal(noisy.source.images, clean.source.images)
+    assert (noisy.source.labels != clean.source.labels).sum() == round(0.3 * len(clean.source))
+    assert datasets.class_counts(noisy) == tuple(np.bincount(noisy.source.labels))
+
+
+def test_a_config_cuts_what_its_training_split_names_and_nothing_else():
+    from jaxcls import config, experiment
+
+    fields = {'data': {'imbalance': 10.0, 'label_noise': 0.3, 'train': 'train[:900]'}}
+    cut, plain = config.get_config(), config.get_config()
+    cut.update(fields)
+    for part in ('test', 'train', 'train[:800]'):
+        of_plain, of_cut = (experiment.load_split(c, part) for c in (plain, cut))
+        assert of_cut.fingerprint == of_plain.fingerprint
+    split = experiment.load_split(cut, 'train[:900]')
+    expected = datasets.load('digits', 'train[:900]', imbalance=10.0, label_noise=0.3)
+    assert split.fingerprint == expected.fingerprint and len(split.source) < 500
+
+
+def test_noise_needs_a_second_class(tmp_path):
+    write_npz(tmp_path / 'a.npz', y_train=np.zeros(20, np.uint8), y_test=np.zeros(6, np.uint8))
+    with pytest.raises(UserError, match='label_noise is 0.1, and the data have one class'):
+        datasets.load(f'npz:{tmp_path}/a.npz', 'train', label_noise=0.1)
+    assert datasets.class_counts(datasets.load(f'npz:{tmp_path}/a.npz', 'train')) == (20,)
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -350,7 +467,8 @@ def test_resident_and_stream_agree_on_a_subset(named, kind, monkeypatch, tmp_pat
 
     monkeypatch.setenv('JAXCLS_CACHE', str(tmp_path / 'cache'))
     mesh = sharding.make_mesh()
-    for subset in ({'classes': (2, 0)}, {'per_class': 2}, {'per_class': 3}):  # of one cache
+    tail = {'imbalance': 2.0, 'label_noise': 0.4}
+    for subset in ({'classes': (2, 0)}, {'per_class': 2}, {'per_class': 3}, tail):  # of one cache
         split = named(kind, 'train', **subset)
         examples = len(split.source)
         order = functools.partial(pipeline.training_order, 0, examples, 4)

@@ -27,7 +27,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from jaxcls import config as config_lib
-from jaxcls import fit, metrics
+from jaxcls import fit, intervals
 
 HERE = Path(__file__).parent.parent
 # Images a class -> epochs and batch size: small sets are seen many times.
@@ -86,7 +86,7 @@ def measure(seeds: int, runs: Path) -> dict[str, dict[int, list[float]]]:
 def table(found) -> str:
     lines = [f'{"images a class":<15}' + ''.join(f'{size:>18,}' for size in SIZES)]
     for arm, values in found.items():
-        cells = (metrics.mean_interval(values[size]) for size in SIZES)
+        cells = (intervals.mean_interval(values[size]) for size in SIZES)
         lines.append(f'{arm:<15}' + ''.join(f'{mean:>10.2%} +- {half:.2%}' for mean, half in cells))
     return '\n'.join(lines)
 
@@ -95,7 +95,7 @@ def plot(found, path: Path):
     figure = Figure(figsize=(6.5, 4.5), layout='constrained')
     axes = figure.subplots()
     for (arm, values), color in zip(found.items(), ('#888888', '#0b62a4', '#d1702c'), strict=True):
-        mean, half = np.array([metrics.mean_interval(values[size]) for size in SIZES]).T
+        mean, half = np.array([intervals.mean_interval(values[size]) for size in SIZES]).T
         axes.errorbar(list(SIZES), mean, half, label=arm, color=color, marker='o', capsize=4)
     axes.set(xscale='log', xlabel='training images a class', ylabel='test accuracy')
     axes.set_xticks(list(SIZES), [f'{size:,}' for size in SIZES])

@@ -47,6 +47,7 @@ class MLP(nn.Module):
 
     Args:
       hidden: widths of the hidden layers.
+      skip: add its input to each layer that is as wide (He 2015, arXiv:1512.03385).
       head_init: initialiser of the last layer; `kernel_init` is that of the hidden ones.
     """
 
@@ -55,6 +56,7 @@ class MLP(nn.Module):
     activation: str = 'relu'
     norm: str = 'none'
     dropout: float = 0.0
+    skip: bool = False
     kernel_init: str = 'he_normal'
     head_init: str = 'normal'
     dtype: Any = jnp.float32
@@ -71,7 +73,8 @@ class MLP(nn.Module):
         x = as_input(images, self.dtype)
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.hidden, 1):
-            x = DenseNormAct(width, style, self.dropout, name=f'hidden{i}')(x, train=train)
+            y = DenseNormAct(width, style, self.dropout, name=f'hidden{i}')(x, train=train)
+            x = x + y if self.skip and x.shape == y.shape else y
             features[f'hidden{i}'] = x
         features['pooled'] = x
         return head(x, self.num_classes, style, self.head_init), features

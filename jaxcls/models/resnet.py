@@ -106,7 +106,12 @@ def pool_shortcut(x, features, stride, style, *, train, bare):
     return projection_shortcut(x, features, 1, style, train=train, bare=bare)
 
 
-SHORTCUTS = {'pad': pad_shortcut, 'projection': projection_shortcut, 'pool': pool_shortcut}
+SHORTCUTS = {
+    'pad': pad_shortcut,
+    'projection': projection_shortcut,
+    'pool': pool_shortcut,
+    'none': None,
+}
 
 
 class Block(nn.Module):
@@ -147,6 +152,8 @@ class Block(nn.Module):
             )
             y = layer(y, train=train)
         y = squeeze_excite(y, self.squeeze, self.style)
+        if self.shortcut == 'none':
+            return ACTIVATIONS[self.style.activation](y)
         if x.shape != y.shape:
             shortcut = SHORTCUTS[self.shortcut]
             x = shortcut(x, y.shape[-1], self.stride, self.style, train=train, bare=False)
@@ -181,6 +188,8 @@ class PreactivationBlock(Block):
             )
             y = layer(y)
         y = squeeze_excite(y, self.squeeze, self.style)
+        if self.shortcut == 'none':
+            return y
         if x.shape != y.shape:
             shortcut = SHORTCUTS[self.shortcut]
             x = shortcut(activated, y.shape[-1], self.stride, self.style, train=train, bare=True)
@@ -212,7 +221,7 @@ class ResNet(nn.Module):
       width: factor on the channels of all stages, not of the stem.
       stem: 'small' (3x3, for 32x32), 'large' (7x7 and pool, for 224x224) or 'deep' (ResNet-D).
       shortcut: where the shape changes: 'pad' (option A), 'projection' (option B) or 'pool'
-        (ResNet-D).
+        (ResNet-D); 'none' has no shortcuts at all (the plain net of He 2015).
       groups: of a bottleneck's 3x3 convolution.
       group_width: channels of a group in stage 1, where they double at each stage as well; 0 shares
         the stage's width among the groups.

@@ -1,0 +1,107 @@
+"""From softmax regression to ResNet: what do parameters, FLOPs and time buy?
+
+    jaxcls study architectures [--data=digits|mnist|cifar10]
+
+Every architecture for the same few epochs with one recipe (Adam, one rate for all), so this compares
+what they learn quickly, not what each can reach with its own recipe. On MNIST the deep ones are
+narrowed to run on a CPU. FLOPs are of one image forwards. Training seconds are without compilation
+and validation; those of the baselines are of the fit alone (kNN's work is in predicting).
+Hardware: 2 CPU cores. Time: TIME.
+ANSWER
+"""
+
+import itertools
+import math
+
+from jaxcls import study
+
+BASELINES = {
+    'kNN': study.classical(name='knn'),
+    'RBF SVM': study.classical(name='svm_rbf'),
+}
+DIGITS = {
+    'softmax regression': {'name': 'linear'},
+    'MLP': {'name': 'mlp'},
+    'LeNet': {'name': 'lenet_small'},
+    'ResNet-8': {'name': 'resnet20', 'stage_sizes': (1, 1, 1), 'num_filters': 8},
+    'ViT': {'name': 'vit_ti16', 'patch_size': 2, 'depth': 2, 'width': 32, 'heads': 2},
+}
+MNIST = {
+    'softmax regression': {'name': 'linear'},
+    'MLP': {'name': 'mlp'},
+    'LeNet-5 (1998)': {'name': 'lenet5_1998'},
+    'LeNet-5': {'name': 'lenet5'},
+    'AlexNet': {
+        'name': 'alexnet_small',
+        'widths': (16, 32, 48, 32, 32),
+        'hidden': (128, 128),
+    },
+    'VGG': {
+        'name': 'vgg11_bn',
+        'stage_sizes': (1, 1, 2),
+        'widths': (8, 16, 32),
+        'hidden': (128,),
+        'pool_size': 3,
+    },
+    'ResNet-14': {'name': 'resnet20', 'stage_sizes': (2, 2, 2), 'num_filters': 8},
+    'PreActResNet-14': {'name': 'preact_resnet20', 'stage_sizes': (2, 2, 2), 'num_filters': 8},
+    'DenseNet': {
+        'name': 'densenet_bc_100_12',
+        'stage_sizes': (2, 2, 2),
+        'growth_rate': 6,
+        'num_filters': 12,
+    },
+    'MobileNetV2': {'name': 'mobilenet_v2', 'width': 0.25, 'depth': 0.3, 'final_width': 128},
+    'ViT': {'name': 'vit_ti16', 'patch_size': 7, 'depth': 4, 'width': 64, 'heads': 4},
+}
+CIFAR = {
+    'softmax regression': {'name': 'linear'},
+    'MLP': {'name': 'mlp'},
+    'LeNet-5 (1998)': {'name': 'lenet5_1998', 'padding': 0},
+    'LeNet-5': {'name': 'lenet5'},
+    'AlexNet': {'name': 'alexnet_small'},
+    'VGG-16': {'name': 'vgg16_bn', 'hidden': (512,), 'pool_size': 1},
+    'GoogLeNet': {'name': 'googlenet', 'stem': 'small', 'width': 0.5, 'aux_weight': 0.0},
+    'ResNet-20': {'name': 'resnet20'},
+    'PreActResNet-20': {'name': 'preact_resnet20'},
+    'DenseNet-40-12': {'name': 'densenet_40_12'},
+    'MobileNetV2': {'name': 'mobilenet_v2', 'stem': 'small'},
+    'ViT': {'name': 'vit_ti16', 'patch_size': 4, 'depth': 6},
+}
+
+
+def training_seconds(member):
+    """From the speed between two records, in which neither compilation nor validation counts."""
+    images = member.data['examples'][member.config.data.train]
+    records = [{'epoch': 0.0}, *member.of_kind('train')]
+    return math.fsum(
+        images * (record['epoch'] - last['epoch']) / record['images_per_second']
+        for last, record in itertools.pairwise(records)
+    )
+
+
+def get_study(data='mnist'):
+    config = study.base(data)
+    networks = {'digits': DIGITS, 'mnist': MNIST, 'cifar10': CIFAR}[data]
+    config.epochs = {'digits': 20.0, 'mnist': 2.0, 'cifar10': 30.0}[data]
+    config.warmup_epochs = config.epochs / 20
+    config.learning_rate = 0.002
+    if data != 'digits':
+        config.batch_size = 128
+    if data == 'cifar10':
+        config.augment = [{'name': 'pad_crop', 'padding': 4}, {'name': 'flip'}]
+    return study.Study(
+        question='At equal epochs, what accuracy does each architecture reach for its parameters, its '
+        'FLOPs and its time?',
+        config=config,
+        axes={
+            'architecture': {name: {'model': model} for name, model in networks.items()} | BASELINES
+        },
+        measures={
+            'test accuracy': study.accuracy(),
+            'parameters': study.result('parameters', 'integer', log_y=True),
+            'FLOPs of an image': study.result('flops', 'integer', log_y=True),
+            'training seconds': study.Measure(training_seconds, 'seconds', log_y=True),
+        },
+        against=('parameters', 'FLOPs of an image', 'training seconds'),
+    )

@@ -1,0 +1,74 @@
+"""How much data does each classifier need, and where do the lines cross?
+
+    jaxcls study data_size [--data=digits|mnist|cifar10]
+
+Networks against kNN and SVMs, on pixels and on HOG, with 1 to 1,000 training images a class, drawn
+anew by each seed: the intervals are over draws, of the deterministic classifiers too. Networks take
+the same number of steps whatever the size, so few images are seen in many epochs. C, gamma and rates
+are the same at all sizes, not tuned. Hardware: 2 CPU cores. Time: TIME.
+ANSWER
+"""
+
+from jaxcls import study
+
+STEPS = 500
+CLASSES = 10
+BATCH_SIZE = 64
+# Images a class.
+SIZES = {
+    'digits': (1, 3, 10, 30, 100),
+    'mnist': (1, 3, 10, 30, 100, 300, 1000),
+    'cifar10': (10, 30, 100, 300, 1000, 5000),
+}
+# Pixels; blocks of HOG are two cells wide.
+CELLS = {'digits': 2, 'mnist': 7, 'cifar10': 8}
+
+
+def networks(data):
+    if data == 'cifar10':
+        resnet = {
+            'model': {'name': 'resnet20'},
+            'augment': [{'name': 'pad_crop', 'padding': 4}, {'name': 'flip'}],
+        }
+        return {'MLP': {'model': {'name': 'mlp'}}, 'ResNet-20': resnet}
+    name = 'lenet_small' if data == 'digits' else 'lenet5'
+    return {'MLP': {'model': {'name': 'mlp'}}, 'LeNet': {'model': {'name': name}}}
+
+
+def baselines(data):
+    # With 50,000 images of 3,072 values the SVM takes hours.
+    features = 'pca' if data == 'cifar10' else 'pixels'
+    return {
+        'kNN': study.classical(name='knn', neighbors=1),
+        'RBF SVM': study.classical(name='svm_rbf', features=features),
+        'HOG, RBF SVM': study.classical(name='svm_rbf', features='hog', cell=CELLS[data]),
+    }
+
+
+def test_error(member):
+    return 1 - member.result['top1']
+
+
+def get_study(data='mnist'):
+    config = study.base(data)
+    config.data.train = 'train'
+    config.batch_size = BATCH_SIZE
+    config.learning_rate = 0.001
+    steps = STEPS * 20 if data == 'cifar10' else STEPS
+    return study.Study(
+        question='How does accuracy grow with the number of training images, and which classifier is '
+        'the best with few of them, which with many?',
+        config=config,
+        axes={
+            'classifier': networks(data) | baselines(data),
+            'training images a class': {
+                str(n): {'data.per_class': n, 'epochs': steps * BATCH_SIZE / (n * CLASSES)}
+                for n in SIZES[data]
+            },
+        },
+        measures={
+            'test accuracy': study.accuracy(),
+            'test error': study.Measure(test_error, log_y=True),
+        },
+        log_x=True,
+    )

@@ -1,0 +1,284 @@
+"""The loop of steps around one compiled program, for one run or for many in one program.
+
+What happens at a step depends on the step alone. Between two events (a log line, a validation, a
+checkpoint) nothing waits for the device.
+"""
+
+import bisect
+import collections
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+
+from jaxcls import experiment as experiment_lib
+from jaxcls import metrics, pipeline, steps
+from jaxcls import workdir as workdir_lib
+from jaxcls.errors import UserError
+
+# So many steps over resident data are one program on an accelerator.
+_STEPS_PER_CALL = 50
+# Calls that may be under way on the device: enough to keep it busy, few enough to stop soon.
+_CALLS_AHEAD = 2
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+class Events(NamedTuple):
+    """The steps after which something is logged, validated or saved; each call of a program ends by one."""
+
+    log: frozenset[int]
+    validate: frozenset[int]
+    checkpoint: frozenset[int]
+    stops: list[int]
+    steps_per_call: int
+
+    @classmethod
+    def of(cls, experiment: experiment_lib.Experiment, feed: pipeline.Feed) -> 'Events':
+        config, total = experiment.config, experiment.total_steps
+
+        def every(epochs):
+            epochs = max(epochs, config.batch_size / experiment.examples)
+            due = {experiment.steps(i * epochs) for i in range(1, int(config.epochs / epochs) + 2)}
+            return frozenset(step for step in due if step < total) | {total}
+
+        validate = every(config.validate_every_epochs)
+        checkpoint = every(config.checkpoint_every_epochs)
+        log = validate | set(range(config.log_every_steps, total, config.log_every_steps))
+        # On CPU convolutions are slow inside a loop; streamed batches of many steps would fill memory.
+        several = jax.default_backend() != 'cpu' and feed.resident
+        per_call = config.steps_per_call or (_STEPS_PER_CALL if several else 1)
+        return cls(log, validate, checkpoint, sorted(log | checkpoint), per_call)
+
+    def next_call(self, step: int) -> int:
+        """How many steps to run as one program: all of a call, or one where an event is nearer."""
+        near = self.stops[bisect.bisect_right(self.stops, step)] - step
+        return self.steps_per_call if near >= self.steps_per_call else 1
+
+
+class Clock:
+    """Wall time: of the whole run, and of training alone between two log lines."""
+
+    def __init__(self, seconds: float):
+        self.begin = time.perf_counter() - seconds
+        self.mark, self.paused = time.perf_counter(), 0.0
+
+    def seconds(self) -> float:
+        """Since the run began, over all its restarts."""
+        return time.perf_counter() - self.begin
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Leaves something out of the training time."""
+        begin = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - begin
+
+    def lap(self) -> float:
+        """Training seconds since the last lap."""
+        now = time.perf_counter()
+        lap, self.mark, self.paused = now - self.mark - self.paused, now, 0.0
+        return lap
+
+
+class Signals:
+    """Ctrl-C and SIGTERM as a flag, so that the step under way is finished and saved."""
+
+    def __enter__(self):
+        self.name, self.previous = '', {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number, _frame):
+        self.name = signal.Signals(number).name
+        signal.signal(number, self.previous[number])  # a second one ends at once
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def received(self, together: bool) -> str:
+        """The signal's name or ''; several processes ask each other, where all are together."""
+        if jax.process_count() == 1:
+            return self.name
+        if not together:
+            return ''
+        anyone = multihost_utils.process_allgather(jnp.int32(bool(self.name))).any()
+        return (self.name or 'SIGTERM') if anyone else ''
+
+
+def make_zeros(like) -> Callable:
+    places = jax.tree.map(lambda leaf: leaf.sharding, like)
+    zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)  # noqa: E731
+    return jax.jit(zeros, out_shardings=places)
+
+
+def make_advance(
+    train_step: Callable, feed: pipeline.Feed, like: Any, clock: Clock, on_event: OnEvent
+) -> Callable:
+    """`advance(step, count, state, totals)`: runs `count` steps, compiling at the first call of a count.
+
+    Args:
+      like: shapes and shardings of (state, totals).
+    """
+    places = jax.tree.map(lambda leaf: leaf.sharding, like)
+    run_steps = jax.jit(
+        steps.make_run_steps(train_step, feed.fetch),
+        donate_argnums=0,
+        out_shardings=places,
+    )
+    programs, ahead = {}, collections.deque()
+
+    def advance(step, count, state, totals):
+        args = (state, totals, feed.data, feed.items(step, count))
+        if count not in programs:
+            with clock.pause():
+                begin = time.perf_counter()
+                programs[count] = run_steps.lower(*args).compile()
+                seconds = time.perf_counter() - begin
+            on_event({'kind': 'compiled', 'steps': count, 'seconds': seconds})
+        state, totals = programs[count](*args)
+        ahead.append(totals)
+        if len(ahead) > _CALLS_AHEAD:
+            jax.block_until_ready(ahead.popleft())
+        return state, totals
+
+    return advance
+
+
+def last_step(experiment: experiment_lib.Experiment, until_epoch: float) -> int:
+    """The last step of a run that ends or pauses at an epoch."""
+    if until_epoch >= experiment.config.epochs:
+        return experiment.total_steps
+    return min(experiment.steps(until_epoch), experiment.total_steps)
+
+
+def train_record(
+    experiment: experiment_lib.Experiment,
+    step: int,
+    clock: Clock,
+    totals: metrics.Sums,
+    history: list[dict[str, Any]],
+    seconds: float,
+) -> dict[str, Any]:
+    """The log line of a step: the sums since the last one, which took so many seconds."""
+    bad_steps = int(totals['bad_steps'])
+    # A skipped step does not move the optimiser's schedule on.
+    skipped = bad_steps + sum(record.get('bad_steps', 0) for record in history)
+    return {
+        'kind': 'train',
+        **_place(experiment, step, clock),
+        **_finite(metrics.summarize(totals)),
+        'learning_rate': float(experiment.learning_rate(max(step - 1 - skipped, 0))),
+        'bad_steps': bad_steps,
+        'images_per_second': round(int(totals['examples']) / seconds, 1),
+    }
+
+
+def validation_record(
+    experiment: experiment_lib.Experiment, step: int, clock: Clock, summary: dict[str, float]
+) -> dict[str, Any]:
+    """The log line of a validation."""
+    return {'kind': 'validation', **_place(experiment, step, clock), **_finite(summary)}
+
+
+def _place(experiment, step: int, clock: Clock) -> dict[str, Any]:
+    epoch = step * experiment.config.batch_size / experiment.examples
+    return {'step': step, 'epoch': round(epoch, 4), 'seconds': round(clock.seconds(), 3)}
+
+
+def _finite(summary: dict[str, float]) -> dict[str, float | None]:
+    """None, which JSON has, for NaN and infinity, which it has not."""
+    return {key: value if math.isfinite(value) else None for key, value in summary.items()}
+
+
+class Diverged(UserError):
+    """The loss stayed non-finite."""
+
+
+def check_finite(
+    experiment: experiment_lib.Experiment,
+    step: int,
+    bad_in_a_row: int,
+    checkpoints: workdir_lib.Checkpoints,
+):
+    """Raises Diverged after `config.max_bad_steps` non-finite steps in a row."""
+    limit = experiment.config.max_bad_steps
+    if bad_in_a_row < limit:
+        return
+    checkpoints.wait()
+    saved = checkpoints.manager.latest_step()
+    place = checkpoints.directory.parent
+    kept = 'There is no checkpoint yet' if saved is None else f'Step {saved} is saved in {place}'
+    raise Diverged(
+        f'Stopped at step {step}: the loss or its gradient has not been finite in the last '
+        f'{bad_in_a_row} steps, since step {step - bad_in_a_row + 1} '
+        f'(config.max_bad_steps={limit}). {kept}. Try, in another '
+        '--workdir, a lower config.learning_rate, config.clip_norm=1.0 or a longer '
+        'config.warmup_epochs.'
+    )
+
+
+class Hooks(NamedTuple):
+    """What a loop does at its events.
+
+    Attributes:
+      log: `(step, state, totals)`, the sums since the last log line.
+      validate: `(step, state) -> (give up, save)`.
+      save: `(step, (state, totals))`.
+      progress: `(step)`, after each call of the program.
+    """
+
+    log: Callable
+    validate: Callable
+    save: Callable
+    progress: Callable
+
+
+def drive(
+    tree: Any,
+    step: int,
+    until: int,
+    events: Events,
+    advance: Callable,
+    zeros: Callable,
+    hooks: Hooks,
+) -> tuple[Any, str]:
+    """From a step to another, an early stop or a signal; the last step is saved.
+
+    Args:
+      tree: (state, totals).
+      zeros: makes new totals.
+
+    Returns:
+      The state, and 'done', 'early', 'paused' (`until` is not the end) or the signal.
+    """
+    (state, totals), early = tree, False
+    with Signals() as signals:
+        while step < until and not early:
+            count = events.next_call(step)
+            state, totals = advance(step, count, state, totals)
+            step += count
+            hooks.progress(step)
+            due = step in events.checkpoint or step >= until
+            if step in events.log:
+                hooks.log(step, state, totals)
+                totals = zeros()
+            if step in events.validate:
+                early, save = hooks.validate(step, state)
+                due |= early or save
+            name = signals.received(step in events.log)
+            if due or name:
+                hooks.save(step, (state, totals))
+            if name:
+                return state, name
+    return state, 'early' if early else 'done' if step == events.stops[-1] else 'paused'

@@ -1,0 +1,82 @@
+"""Pictures of a run: curves, confusion matrix, a sheet of samples."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+_TRAIN, _VALIDATION = '#888888', '#0b62a4'
+
+
+def curves(records: list[dict[str, Any]]) -> Figure:
+    """Loss and accuracy of training and validation over epochs; the gap between them is shaded."""
+    train, validation = (
+        {
+            key: np.array([record[key] for record in records if record['kind'] == kind], float)
+            for key in ('epoch', 'loss', 'top1')
+        }
+        for kind in ('train', 'validation')
+    )
+    figure = Figure(figsize=(10, 4), layout='constrained')
+    for axes, key, name in zip(
+        figure.subplots(1, 2), ('loss', 'top1'), ('loss', 'accuracy'), strict=True
+    ):
+        axes.plot(train['epoch'], train[key], color=_TRAIN, label='training (while learning)')
+        end = f'validation, {validation[key][-1]:.4f} at the end'
+        axes.plot(validation['epoch'], validation[key], color=_VALIDATION, label=end)
+        if len(train['epoch']):
+            gap = np.interp(validation['epoch'], train['epoch'], train[key])
+            axes.fill_between(
+                validation['epoch'], gap, validation[key], color=_VALIDATION, alpha=0.12, lw=0,
+                label='generalisation gap',
+            )  # fmt: skip
+        if key == 'loss' and min([1, *train[key], *validation[key]]) > 0:
+            axes.set_yscale('log')
+        axes.set(xlabel='epoch', ylabel=name)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    return figure
+
+
+def confusion_matrix(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """Counts by true (row) and predicted (column) class, shaded by the share of the row."""
+    confusion = np.asarray(confusion)
+    classes = len(class_names)
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    side = min(4 + 0.35 * classes, 14)
+    figure = Figure(figsize=(side, side), layout='constrained')
+    axes = figure.subplots()
+    axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
+    axes.set(xlabel='predicted', ylabel='true')
+    if classes <= 40:
+        names = [_shorten(name) for name in class_names]
+        axes.set_xticks(range(classes), names, rotation=45, ha='right', parse_math=False)
+        axes.set_yticks(range(classes), names, parse_math=False)
+    if classes <= 20:
+        for (row, column), count in np.ndenumerate(confusion):
+            if count:
+                color = 'white' if share[row, column] > 0.5 else 'black'
+                axes.text(column, row, count, ha='center', va='center', color=color, fontsize=8)
+    accuracy = np.trace(confusion) / max(confusion.sum(), 1)
+    axes.set_title(f'{accuracy:.2%} of {confusion.sum():,} right')
+    return figure
+
+
+def sheet(images: np.ndarray, titles: Sequence[str], columns: int = 8) -> Figure:
+    """Images, float [N, H, W, C] in [0, 1], each under its title."""
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(1.4 * columns, 1.6 * rows), layout='constrained')
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.set_axis_off()
+    for axes, image, title in zip(figure.axes, images, titles, strict=False):
+        axes.imshow(
+            image.squeeze(-1) if image.shape[-1] == 1 else image, cmap='gray', vmin=0, vmax=1
+        )
+        axes.set_title(_shorten(title), fontsize=7, parse_math=False)
+    return figure
+
+
+def _shorten(text: str, limit: int = 24) -> str:
+    text = ''.join(c if c.isprintable() else '?' for c in text)
+    return text if len(text) <= limit else text[: limit - 1] + '…'

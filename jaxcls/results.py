@@ -1,0 +1,189 @@
+"""What a run leaves when it ends, and runs read back: one, or those of several seeds as a group.
+
+Nothing here builds a network: the files of a workdir are enough to compare runs and to report them.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxcls import intervals, pictures
+from jaxcls import predictions as predictions_lib
+from jaxcls import workdir as workdir_lib
+from jaxcls.errors import UserError
+
+
+class Result(NamedTuple):
+    """What training returns.
+
+    Attributes:
+      metrics: the last validation record.
+      records: every record of metrics.jsonl.
+      state: the final `steps.TrainState`; None of a baseline.
+      stopped: 'done', 'early' (no better validation loss), 'paused', 'SIGINT' or 'SIGTERM'.
+      workdir: of the run.
+    """
+
+    metrics: dict[str, Any]
+    records: list[dict[str, Any]]
+    state: Any
+    stopped: str
+    workdir: Path
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run of one seed.
+
+    Attributes:
+      workdir: its directory.
+      config: complete, of one seed.
+      data: `class_names`, `image_shape`, `examples` of its splits.
+      records: of metrics.jsonl.
+      result: of result.json; {} where the run has not ended.
+    """
+
+    workdir: Path
+    config: ConfigDict
+    data: dict[str, Any]
+    records: list[dict[str, Any]]
+    result: dict[str, Any]
+
+    @functools.cached_property
+    def predictions(self) -> predictions_lib.Predictions:
+        """Logits and labels of the validation split, as the run ended."""
+        return predictions_lib.load(self.workdir / 'predictions.npz')
+
+    @property
+    def diverged(self) -> str:
+        """Why the run was given up, as far as it was; ''."""
+        path = self.workdir / 'diverged.json'
+        return workdir_lib.read_json(path)['message'] if path.is_file() else ''
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        """The 'train' or the 'validation' records, in order."""
+        return [record for record in self.records if record['kind'] == kind]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one config, one a seed.
+
+    Attributes:
+      name: short, for legends: the directory's.
+      workdir: of the group; of the run itself where there is one.
+      config: as it was given.
+      members: at least one.
+    """
+
+    name: str
+    workdir: Path
+    config: ConfigDict
+    members: tuple[Member, ...]
+
+    def values(self, key: str) -> np.ndarray:
+        """A number of result.json over the seeds, such as 'top1': float64 [n], NaN where missing."""
+        found = (member.result.get(key) for member in self.members)
+        return np.array([math.nan if value is None else value for value in found], np.float64)
+
+    def mean(self, key: str) -> tuple[float, float]:
+        """Mean and half-width of the 95% t-interval over the seeds that have ended well.
+
+        The half-width is infinite for one; both are NaN for none.
+        """
+        values = self.values(key)
+        values = values[~np.isnan(values)]
+        return intervals.mean_interval(values) if len(values) else (math.nan, math.nan)
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """`{'mean', 'half_width', 'values'}` of each number of result.json; None for what is undefined."""
+        first = self.members[0].result
+        numbers = [k for k, v in first.items() if isinstance(v, (int, float)) and v is not True]
+        summary = {}
+        for key in numbers:
+            (mean, half), values = self.mean(key), self.values(key)
+            summary[key] = {
+                'mean': _plain(mean),
+                'half_width': _plain(half),
+                'values': [_plain(value) for value in values],
+            }
+        return summary
+
+
+def _plain(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def write(
+    workdir: Path,
+    predictions: predictions_lib.Predictions,
+    records: list[dict[str, Any]],
+    cost: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes what a finished run leaves, and returns its result.
+
+    predictions.npz, result.json, curves.png and confusion.png: result.json has the last validation
+    record, `predictions.summarize`'s metrics, `top1_interval` (Wilson, 95%), `best_top1` and the cost.
+
+    Args:
+      predictions: of the validation split.
+      records: of metrics.jsonl.
+      cost: `parameters`, `flops` of one image, `peak_bytes`; as far as known.
+    """
+    class_names = workdir_lib.read_json(workdir / 'data.json')['class_names']
+    validations = [record for record in records if record['kind'] == 'validation']
+    if not validations:
+        raise UserError(f'{workdir}/metrics.jsonl has lost its records. Restore it from a copy.')
+    summary = predictions_lib.summarize(predictions)
+    confusion = np.asarray(summary['confusion'])
+    result = {
+        **summary,
+        **validations[-1],
+        'top1_interval': intervals.wilson_interval(int(np.trace(confusion)), int(confusion.sum())),
+        'best_top1': max(record['top1'] for record in validations),
+        **(cost or {}),
+    }
+    predictions_lib.save(workdir / 'predictions.npz', predictions)
+    pictures.curves(records).savefig(workdir / 'curves.png', dpi=120)
+    pictures.confusion_matrix(confusion, class_names).savefig(workdir / 'confusion.png', dpi=120)
+    workdir_lib.write_json(workdir / 'result.json', result)  # last: it says that all is there
+    return result
+
+
+def read(workdir: str | Path) -> Group:
+    """Reads a run's directory, or that of the runs of `config.seeds` seeds.
+
+    Raises:
+      UserError: no run there, or a damaged one.
+    """
+    workdir = Path(workdir)
+    config = workdir_lib.read_config(workdir)
+    directories = member_directories(workdir, config)
+    begun = [d for d in directories if (d / 'metrics.jsonl').is_file()]
+    if not begun:
+        raise UserError(f'{workdir} has not begun to train. Repeat its `jaxcls train`.')
+    members = tuple(_read_member(directory) for directory in begun)
+    return Group(workdir.absolute().name, workdir, config, members)
+
+
+def member_directories(workdir: Path, config: ConfigDict) -> list[Path]:
+    """The directory of each seed of a config: the workdir itself where there is one seed."""
+    if config.seeds == 1:
+        return [workdir]
+    return [workdir / f'seed-{config.seed + i}' for i in range(config.seeds)]
+
+
+def _read_member(directory: Path) -> Member:
+    path = directory / 'result.json'
+    return Member(
+        directory,
+        workdir_lib.read_config(directory),
+        workdir_lib.read_data(directory),
+        workdir_lib.read_metrics(directory),
+        workdir_lib.read_json(path) if path.is_file() else {},
+    )

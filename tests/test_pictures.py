@@ -1,0 +1,29 @@
+import numpy as np
+
+from jaxcls import pictures
+
+RECORDS = [
+    {
+        'kind': kind,
+        'step': epoch * 10,
+        'epoch': float(epoch),
+        'loss': loss / epoch,
+        'top1': 1 - loss / 4,
+    }
+    for epoch in (1, 2, 3)
+    for kind, loss in (('train', 1.0), ('validation', 2.0))
+]
+
+
+def test_curves_show_training_validation_and_the_gap():
+    losses, accuracies = pictures.curves(RECORDS).axes
+    train, validation = losses.lines
+    np.testing.assert_allclose(train.get_ydata(), [1, 1 / 2, 1 / 3])
+    np.testing.assert_allclose(validation.get_ydata(), [2, 1, 2 / 3])
+    assert len(accuracies.collections) == 1 and accuracies.get_xlabel() == 'epoch'
+
+
+def test_a_sheet_takes_grey_and_colour_images():
+    for channels in (1, 3):
+        figure = pictures.sheet(np.zeros((3, 4, 4, channels)), ['a', 'b\n', 'c'], columns=2)
+        assert [axes.get_title() for axes in figure.axes[:3]] == ['a', 'b?', 'c']

@@ -1,0 +1,184 @@
+import json
+
+import numpy as np
+import pytest
+
+from jaxcls import config as config_lib
+from jaxcls import experiment, fit, results, runs, sweep
+from jaxcls.errors import UserError
+
+
+def tiny(**fields):
+    config = config_lib.get_config()
+    config.model = {'name': 'linear'}
+    config.epochs, config.batch_size = 4.0, 50
+    config.data.train, config.data.validation = 'train[:200]', 'test[:100]'
+    for field, value in fields.items():
+        config[field] = value
+    return config
+
+
+def load(overrides):
+    config = tiny()
+    config_lib.apply_overrides(config, overrides, experiment.TABLES)
+    return experiment.resolve(config)
+
+
+def losses(records):
+    return [(r['kind'], r['step'], r['loss'], r['top1']) for r in records]
+
+
+def compiled(events):
+    return [event for event in events if event['kind'] == 'compiled']
+
+
+@pytest.fixture(scope='module')
+def two_seeds(tmp_path_factory):
+    path = tmp_path_factory.mktemp('sweep') / 'two'
+    sweep.fit_seeds(tiny(seeds=2, seed=3), path)
+    return path
+
+
+def test_each_seed_is_the_run_that_it_is_alone(two_seeds, tmp_path):
+    group = results.read(two_seeds)
+    assert [member.workdir.name for member in group.members] == ['seed-3', 'seed-4']
+    alone = fit(tiny(seed=4), tmp_path / 'alone')
+    assert losses(group.members[1].records) == losses(alone.records)
+    summary = json.loads((two_seeds / 'result.json').read_text())['top1']
+    assert summary['values'] == [member.result['top1'] for member in group.members]
+    assert (summary['mean'], summary['half_width']) == pytest.approx(group.mean('top1'))
+
+
+def test_complete_seeds_are_left_alone_and_others_are_added(two_seeds):
+    events = []
+    sweep.fit_seeds(tiny(seeds=2, seed=3), two_seeds, events.append)
+    assert not events
+    outcome = sweep.fit_seeds(tiny(seeds=3, seed=3), two_seeds, events.append)
+    assert len(outcome.group.members) == 3 and len(compiled(events)) == 1
+
+
+def test_another_config_and_fewer_seeds_are_refused(two_seeds):
+    for config in (tiny(seeds=3, seed=3, learning_rate=0.5), tiny(seeds=2, seed=4)):
+        with pytest.raises(UserError, match='a different config'):
+            sweep.fit_seeds(config, two_seeds)
+    with pytest.raises(UserError, match='fit_seeds'):
+        fit(tiny(seeds=2), two_seeds.parent / 'new')
+
+
+def test_seeds_in_one_program_are_those_trained_one_by_one(two_seeds, tmp_path):
+    sweep.fit_seeds(tiny(seeds=2, seed=3, seeds_per_program=2), tmp_path / 'group')
+    for apart, together in zip(
+        results.read(two_seeds).members, results.read(tmp_path / 'group').members, strict=False
+    ):
+        for ours, theirs in zip(together.records, apart.records, strict=True):
+            assert ours['loss'] == pytest.approx(theirs['loss'], rel=1e-4)
+        np.testing.assert_allclose(
+            together.predictions.logits, apart.predictions.logits, rtol=1e-3, atol=1e-3
+        )
+        assert runs.open_run(together.workdir).step == together.records[-1]['step']
+    assert not list((tmp_path / 'group').glob('seeds-*'))
+
+
+def test_seeds_in_one_program_go_on_bit_for_bit_after_a_pause(tmp_path):
+    config = tiny(seeds=2, seeds_per_program=2)
+    sweep.fit_seeds(config, tmp_path / 'whole')
+    assert sweep.fit_seeds(config, tmp_path / 'parts', until_epoch=2.5).stopped == 'paused'
+    assert sweep.fit_seeds(config, tmp_path / 'parts').stopped == 'done'
+    for whole, parts in zip(
+        results.read(tmp_path / 'whole').members,
+        results.read(tmp_path / 'parts').members,
+        strict=True,
+    ):
+        assert losses(whole.records) == losses(parts.records)
+        np.testing.assert_array_equal(whole.predictions.logits, parts.predictions.logits)
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {'early_stopping_epochs': 2.0},
+        {'parameters': 'fsdp'},
+        {'model': {'name': 'airbench94'}},
+        {'model': {'name': 'knn'}},
+    ],
+)
+def test_runs_that_cannot_share_a_program_say_why(fields, tmp_path):
+    with pytest.raises(UserError, match='cannot share a program'):
+        sweep.fit_seeds(tiny(seeds=2, seeds_per_program=2, **fields), tmp_path / 'run')
+
+
+def test_a_run_that_diverges_is_noted_and_the_others_go_on(tmp_path):
+    config = tiny(seeds=2, max_bad_steps=1, learning_rate=1e38, log_every_steps=1)
+    config.optimizer = {'name': 'sgd'}
+    outcome = sweep.fit_seeds(config, tmp_path / 'run')
+    assert outcome.stopped == 'done' and np.isnan(outcome.mean('top1')[0])
+    assert [text.startswith('Stopped at step') for text in sweep.divergences(outcome)] == [True] * 2
+    events = []
+    sweep.fit_seeds(config, tmp_path / 'run', events.append)
+    assert not events
+
+
+def test_settings_are_listed_ones_times_the_grid():
+    found = sweep.settings(
+        load,
+        ['learning_rate=0.1,0.01', 'data.mean=[(0.5,), (0.4,)]'],
+        ['model.name=mlp model.hidden=(8,)', '--config.epochs=2'],
+    )
+    assert len(found) == 8 and len({setting.name for setting in found}) == 8
+    assert (
+        found[3].name == 'model.name=mlp, model.hidden=(8,), learning_rate=0.01, data.mean=(0.4,)'
+    )
+    assert found[3].config.model.hidden == (8,) and found[3].config.data.mean == (0.4,)
+    assert found[4].config.epochs == 2 and found[4].config.model.name == 'linear'
+    assert [s.name for s in sweep.settings(load)] == ['plain']
+
+
+@pytest.mark.parametrize(
+    ('grid', 'listed', 'message'),
+    [
+        (['learning_rate'], [], 'not written FIELD=VALUE'),
+        (['learning_rate=[]'], [], 'has no values'),
+        (['learning_rate=0.1,0.1'], [], 'there twice'),
+        (['learnin_rate=0.1'], [], 'learning_rate'),
+        ([], ['learning_rate=fast'], 'must be of type float'),
+        ([], ['learning_rate=-1'], 'must be more than 0'),
+    ],
+)
+def test_mistakes_in_settings_are_user_errors(grid, listed, message):
+    with pytest.raises(UserError, match=message):
+        sweep.settings(load, grid, listed)
+
+
+def test_halving_drops_the_losers_and_trains_the_winner_as_if_alone(tmp_path):
+    found = sweep.settings(load, ['learning_rate=1e-7,0.003,1e-6,0.01'])
+    outcomes = sweep.run(found, tmp_path / 'sweep', rungs=3)
+    epochs = {o.name: o.group.members[0].records[-1]['epoch'] for o in outcomes}
+    assert sorted(epochs.values()) == [1, 1, 2, 4]
+    assert [o.stopped for o in outcomes] == ['done', 'paused', 'paused', 'paused']
+    assert {o.name for o in outcomes[:2]} == {'learning_rate=0.003', 'learning_rate=0.01'}
+    best = next(setting for setting in found if setting.name == outcomes[0].name)
+    alone = fit(best.config, tmp_path / 'alone')
+    assert losses(outcomes[0].group.members[0].records) == losses(alone.records)
+    table = sweep.table(outcomes)
+    assert table['rows'][0][0] == outcomes[0].name and len(table['rows']) == 4
+
+
+def test_members_trained_one_by_one_leave_nothing_to_the_sweep(tmp_path):
+    found = [s._replace(config=s.config) for s in sweep.settings(load, ['seeds=2', 'epochs=1,2'])]
+    assert [(name[-1], c.seed) for name, c in sweep.members(found)] == [
+        ('1', 0), ('1', 1), ('2', 0), ('2', 1),
+    ]  # fmt: skip
+    for number in range(4):
+        assert sweep.run_member(found, tmp_path / 'run', number, lambda event: None) == 'done'
+    events = []
+    outcomes = sweep.run(found, tmp_path / 'run', events.append)
+    assert not compiled(events) and [len(o.group.members) for o in outcomes] == [2, 2]
+    with pytest.raises(UserError, match='give 0 to 3'):
+        sweep.run_member(found, tmp_path / 'run', 4, lambda event: None)
+
+
+def test_names_of_settings_become_short_plain_directories():
+    assert sweep.directory_name('learning_rate=0.1') == 'learning_rate=0.1'
+    odd = sweep.directory_name('model.hidden=(8, 8), x/../y')
+    assert '/' not in odd and odd != sweep.directory_name('model.hidden=(8, 8); x/../y')
+    assert len(sweep.directory_name('x' * 500)) < 110
