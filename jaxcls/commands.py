@@ -334,15 +334,15 @@ def _run_lr_find(args) -> int:
 
 def _run_report(args) -> int:
     _start()
-    from jaxcls import report
+    from jaxcls.report import runs
 
-    print(report.write(args.workdirs, args.out))
+    print(runs.write(args.workdirs, args.out))
     return 0
 
 
 def _run_compare(args) -> int:
     _start()
-    from jaxcls import compare
+    from jaxcls.report import compare
 
     groups = compare.read(args.workdirs)
     if args.json:
@@ -372,6 +372,9 @@ def _run_evaluate(args) -> int:
     if args.json:
         _print_json(result)
         return 0
+    if 'members' in result:
+        _print_seeds(args.workdir, result)
+        return 0
     low, high = result['top1_interval']
     name = args.workdir or config.model.init_from
     print(
@@ -389,6 +392,14 @@ def _run_evaluate(args) -> int:
         f'{_number(result["ece_calibrated"])}'
     )
     return 0
+
+
+def _print_seeds(workdir: Path, result):
+    print(f'{workdir}, {len(result["members"])} seeds, {result["split"]}: mean +- 95% interval')
+    for key in ('top1', 'top5', 'log_loss', 'f1_macro', 'iou_mean', 'roc_auc_macro', 'ece'):
+        if found := result['mean'].get(key):
+            half = '' if found['half_width'] is None else f' +- {found["half_width"]:.4f}'
+            print(f'  {key:<14} {found["mean"]:.4f}{half}')
 
 
 def _number(value) -> str:

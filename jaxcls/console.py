@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from jaxcls import page, results
+from jaxcls import results
+from jaxcls.report import page
 
 
 class Reporter:
@@ -53,9 +54,7 @@ class Reporter:
             f'{self.total:,} steps of {config.batch_size} on {describe_devices(run.mesh)}, '
             f'in {run.workdir}'
         )
-        if event['step'] >= self.total:
-            self.print('This run is complete. Choose another --workdir to train again.')
-        elif event['step']:
+        if event['step']:
             self.print(f'Resuming after step {event["step"]:,}.')
         if self.console.is_terminal:
             self.progress.start()
@@ -97,6 +96,9 @@ class Reporter:
 
     def on_checkpoint(self, event):
         pass
+
+    def on_complete(self, event):
+        self.print(f'{event["workdir"]} is complete. Choose another --workdir to train again.')
 
     def on_member(self, event):
         self.print(f'Training in {", ".join(map(str, event["workdirs"]))}')

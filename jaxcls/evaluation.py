@@ -94,7 +94,7 @@ def batch_sums(
 def evaluate(
     workdir: str | Path, split: str = '', checkpoint: str = 'latest', tta: str = 'none'
 ) -> dict[str, Any]:
-    """Metrics of a trained run on a split.
+    """Metrics of a trained run, or of the runs of several seeds, on a split.
 
     Args:
       workdir: of the run.
@@ -103,11 +103,17 @@ def evaluate(
       tta: test-time augmentation, see `tta.make_predict`.
 
     Returns:
-      As `evaluate_run`.
+      As `evaluate_run`. Of several seeds: `members`, one such dict each, and `mean`, the mean and
+      the half-width of the 95% t-interval of each number.
 
     Raises:
       UserError: no run, no checkpoint or no such split.
     """
+    group = workdir_lib.read_config(Path(workdir))
+    if group.seeds > 1:
+        places = [member.workdir for member in results.read(workdir).members]
+        found = [evaluate(place, split, checkpoint, tta) for place in places]
+        return {'split': found[0]['split'], 'members': found, 'mean': results.means(found)}
     if experiment_lib.is_baseline(workdir_lib.read_config(Path(workdir))):
         return _evaluate_baseline(Path(workdir), split)
     return evaluate_run(runs.open_run(workdir, checkpoint), split, tta)

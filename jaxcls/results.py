@@ -5,6 +5,7 @@ Nothing here builds a network: the files of a workdir are enough to compare runs
 
 import functools
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,22 +102,24 @@ class Group:
         return intervals.mean_interval(values) if len(values) else (math.nan, math.nan)
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """`{'mean', 'half_width', 'values'}` of each number of result.json; None for what is undefined."""
-        first = self.members[0].result
-        numbers = [k for k, v in first.items() if isinstance(v, (int, float)) and v is not True]
-        summary = {}
-        for key in numbers:
-            (mean, half), values = self.mean(key), self.values(key)
-            summary[key] = {
-                'mean': _plain(mean),
-                'half_width': _plain(half),
-                'values': [_plain(value) for value in values],
-            }
-        return summary
+        """`{'mean', 'half_width', 'values'}` of each number of result.json."""
+        return means([member.result for member in self.members])
 
 
-def _plain(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+def means(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`{'mean', 'half_width', 'values'}` of each number that any of the results has.
+
+    None stands for what is undefined, such as the half-width of one.
+    """
+    keys = {k: None for result in found for k, v in result.items() if isinstance(v, (int, float))}
+    summary = {}
+    for key in keys:
+        values = [result.get(key) for result in found]
+        known = [value for value in values if value is not None]
+        mean, half = intervals.mean_interval(known)
+        half = half if math.isfinite(half) else None
+        summary[key] = {'mean': mean, 'half_width': half, 'values': values}
+    return summary
 
 
 def write(

@@ -40,6 +40,11 @@ def open_run(directory: str | Path, checkpoint: str = 'latest') -> Run:
     """
     directory = Path(directory)
     config = experiment_lib.resolve(workdir_lib.read_config(directory))
+    if config.seeds > 1:
+        raise UserError(
+            f'{directory} has the runs of {config.seeds} seeds; give one of them, such as '
+            f'{directory / f"seed-{config.seed}"}.'
+        )
     data = workdir_lib.read_data(directory)
     mesh = sharding.make_mesh()
     experiment = experiment_lib.build_for(config, data)

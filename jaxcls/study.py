@@ -16,10 +16,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxcls import config as config_lib
-from jaxcls import evaluation, intervals, loop, page, registry, results, sweep
+from jaxcls import evaluation, intervals, loop, registry, results, sweep
 from jaxcls import experiment as experiment_lib
 from jaxcls import workdir as workdir_lib
 from jaxcls.errors import UserError
+from jaxcls.report import page
 
 Overrides = Mapping[str, Any]
 
@@ -34,6 +35,7 @@ class Measure(NamedTuple):
       log_x, log_y: logarithmic axes of its chart.
       group: `of` takes the `results.Group` of all seeds and returns {x: [values]}; [values] without x.
       chart: False leaves a single number to the table.
+      facet: of a curve: the axis that has a chart for each of its labels; '' is the first of several.
     """
 
     of: Callable[[Any], Any]
@@ -43,6 +45,7 @@ class Measure(NamedTuple):
     log_y: bool = False
     group: bool = False
     chart: bool = True
+    facet: str = ''
 
 
 class Study(NamedTuple):
@@ -56,7 +59,8 @@ class Study(NamedTuple):
         numbers make a numeric axis. A section, or `augment`, is set whole.
       measures: by name; the first is the one that `tune` maximises, as 'top1', and rankings go by.
       tune: a field and the values to choose from for each setting, by the accuracy on `tune_split`
-        with one seed: `{'learning_rate': (0.1, 0.01)}`.
+        with one seed: `{'learning_rate': (0.1, 0.01)}`; or the values for each label of an axis,
+        `{'learning_rate': {'SGD': (0.1, 0.01), 'Adam': (0.001,)}}`.
       tune_split: validation examples that neither training nor the measures use.
       log_x: the numeric axis of the charts is logarithmic.
       against: names of measures; each makes a chart of the first measure against it, with a point for
@@ -67,7 +71,7 @@ class Study(NamedTuple):
     config: ConfigDict
     axes: Mapping[str, Mapping[str, Overrides]]
     measures: Mapping[str, Measure]
-    tune: Mapping[str, Sequence] = {}
+    tune: Mapping[str, Sequence | Mapping[str, Sequence]] = {}
     tune_split: str = ''
     log_x: bool = False
     against: Sequence[str] = ()
@@ -158,7 +162,7 @@ def run(
     todo, rows = settings(study), []
     for i, (labels, setting) in enumerate(todo):
         on_event({'kind': 'setting', 'name': setting.name, 'number': i + 1, 'count': len(todo)})
-        config, tuned = _tune(study, setting, workdir / 'tuning', on_event)
+        config, tuned = _tune(study, labels, setting, workdir / 'tuning', on_event)
         outcome = sweep.fit_seeds(
             config, workdir / 'runs' / sweep.directory_name(setting.name), on_event
         )
@@ -171,12 +175,16 @@ def run(
     return sections
 
 
-def _tune(study: Study, setting: sweep.Setting, workdir: Path, on_event):
+def _tune(study: Study, labels, setting: sweep.Setting, workdir: Path, on_event):
     """The setting's config with the best value of each point of `study.tune`, and what that is."""
     if not study.tune:
         return setting.config, {}
+    choices = [
+        next(v[label] for label in labels.values() if label in v) if isinstance(v, Mapping) else v
+        for v in study.tune.values()
+    ]
     scores = {}
-    for values in itertools.product(*study.tune.values()):
+    for values in itertools.product(*choices):
         tuned = dict(zip(study.tune, values, strict=True))
         config = ConfigDict(setting.config.to_dict())
         override(config, {**tuned, 'data.validation': study.tune_split, 'seeds': 1})
@@ -286,17 +294,21 @@ def _number(label: str) -> float | None:
 
 
 def _curve_charts(study: Study, name: str, measure: Measure, rows: list[Row]) -> list[dict]:
-    """Curves, a series for each setting; with two axes or more a chart for each label of the first."""
+    """Curves, a series for each setting; with two axes or more a chart for each label of one."""
     axes = list(study.axes)
-    facets = list(study.axes[axes[0]]) if len(axes) > 1 else ['']
+    by = (measure.facet or axes[0]) if len(axes) > 1 else ''
     charts = []
-    for facet in facets:
-        chosen = [row for row in rows if len(axes) == 1 or row.labels[axes[0]] == facet]
+    for facet in study.axes[by] if by else ['']:
+        chosen = [row for row in rows if not by or row.labels[by] == facet]
         series = [
-            _series(', '.join(list(row.labels.values())[len(axes) > 1 :]), list(points.items()))
+            _series(
+                ', '.join(row.labels[axis] for axis in axes if axis != by), list(points.items())
+            )
             for row in chosen
             if (points := row.values[name])
         ]
+        if not series:
+            continue
         charts.append(
             {
                 'kind': 'chart',

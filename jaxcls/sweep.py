@@ -83,6 +83,8 @@ def fit_seeds(
         _claim(workdir, config)
     left = [member for member in members if not _is_over(*member)]
     size, stopped = seeds_lib.per_program(config), 'done'
+    if not left:
+        on_event({'kind': 'complete', 'workdir': workdir})
     for start in range(0, len(left), size):
         if config.seeds > 1:
             names = [directory for _, directory in left[start : start + size]]

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from jaxcls import page
+from jaxcls.report import page
 
 webdriver = pytest.importorskip('selenium.webdriver')
 CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')

@@ -5,8 +5,9 @@ import pytest
 from scipy import stats
 
 import fake_runs
-from jaxcls import compare, intervals, significance
+from jaxcls import intervals
 from jaxcls.errors import UserError
+from jaxcls.report import compare, significance
 
 pytestmark = pytest.mark.xdist_group('compare')  # its runs are written once
 

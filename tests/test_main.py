@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxcls import main, predict, workdir
+from jaxcls import commands, main, predict, workdir
 
 TRAIN = [
     '--config.epochs=3', '--config.model.name=mlp', '--config.model.hidden=(16,)',
@@ -19,7 +19,7 @@ TRAIN = [
 def no_start():
     """Commands do not touch the process: no cache of compiled programs, no warnings format."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, '_start', lambda: None)
+        patch.setattr(commands, '_start', lambda: None)
         yield
 
 
@@ -49,7 +49,7 @@ def test_training_prints_plain_lines_and_a_result_when_piped(tmp_path, capsys):
     assert 'validation accuracy' in out and '95% interval' in out
     assert '\x1b' not in out
     assert main.main(['train', f'--workdir={tmp_path}/run', *TRAIN]) == 0
-    assert 'This run is complete' in capsys.readouterr().out
+    assert 'is complete' in capsys.readouterr().out
 
 
 def test_evaluate_prints_one_json_object(run, capsys):
@@ -206,9 +206,9 @@ MISTAKES = [
 def test_a_mistake_is_one_message_and_nothing_compiled(
     argv, message, run, tmp_path, capsys, monkeypatch
 ):
-    from jaxcls import train
+    from jaxcls import loop
 
-    monkeypatch.setattr(train, '_make_advance', None)
+    monkeypatch.setattr(loop, 'make_advance', None)
     other = tmp_path / 'other'
     other.mkdir()
     (other / 'thesis.tex').touch()

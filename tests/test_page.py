@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxcls import charts, page
 from jaxcls.errors import UserError
+from jaxcls.report import charts, page
 
 BAD = '</script><img src=x onerror=alert(1)>&"\'\u2028]]>{{ 7 * 7 }}'
 SERIES = [
@@ -161,6 +161,16 @@ def test_series_of_a_group_are_coloured_alike_and_have_one_button():
     alone = charts.view({**CHART, 'series': SERIES[:2]})
     assert [entry['name'] for entry in alone['legend']] == ['a training', 'a validation']
     assert [series['color'] for series in json.loads(alone['chart'])['series']] == [0, 1]
+
+
+def test_a_series_without_points_keeps_its_colour_and_has_no_button():
+    empty = {'name': 'empty', 'x': [], 'y': []}
+    others = [{'name': n, 'x': [1], 'y': [1]} for n in 'ab']
+    chart = {**CHART, 'series': [others[0], empty, others[1]]}
+    view = charts.view(chart)
+    assert [entry['series'] for entry in view['legend']] == [[0], [2]]
+    assert [entry['color'] for entry in view['legend']] == [0, 2]
+    assert [line.get_label() for line in page.figure(chart).axes[0].lines] == ['a', 'b']
 
 
 def test_what_is_not_finite_is_left_out_of_a_chart():

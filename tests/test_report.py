@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 import fake_runs
-from jaxcls import compare, gallery, predictions, report, report_run
+from jaxcls import predictions
 from jaxcls.errors import UserError
+from jaxcls.report import compare, gallery, run, runs
 from test_page import Parser
 
 pytestmark = pytest.mark.xdist_group('report')  # its runs are written once
@@ -29,7 +30,7 @@ def by_title(sections):
 
 
 def test_the_report_of_runs_is_one_file_and_its_pictures(directory, tmp_path):
-    path = report.write([directory / 'one', directory / 'seeds'], tmp_path / 'out')
+    path = runs.write([directory / 'one', directory / 'seeds'], tmp_path / 'out')
     assert path == tmp_path / 'out' / 'report.html'
     pngs = {p.name for p in path.parent.glob('*.png')}
     assert pngs == {'curves.png', 'generalisation.png'} | {
@@ -49,11 +50,11 @@ def test_the_report_of_runs_is_one_file_and_its_pictures(directory, tmp_path):
 
 
 def test_names_of_classes_never_become_markup(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, '_write_pictures', lambda *args: None)
+    monkeypatch.setattr(runs, '_write_pictures', lambda *args: None)
     bad = '</script><img src=x onerror=alert(1)>'
     names = [f'{bad}{i}' for i in range(10)]
-    run = fake_runs.write(tmp_path / '<i>run', 20, names=names)
-    parsed = Parser(report.write([run], tmp_path / 'out').read_text())
+    path = fake_runs.write(tmp_path / '<i>run', 20, names=names)
+    parsed = Parser(runs.write([path], tmp_path / 'out').read_text())
     assert not {'i', 'b'} & {tag for tag, _ in parsed.elements}
     assert not [name for _, a in parsed.elements for name in a if name.startswith('on')]
     images = [a['src'] for tag, a in parsed.elements if tag == 'img']
@@ -63,27 +64,27 @@ def test_names_of_classes_never_become_markup(tmp_path, monkeypatch):
 
 def test_the_headline_says_what_was_reached_and_whether_it_is_chance(directory):
     one, two, seeds = compare.read([directory / name for name in ('one', 'two', 'seeds')])
-    assert report.headline([one]) == (
+    assert runs.headline([one]) == (
         'lenet_small gets 98.89% of 360 test images right (95% interval 97.18% to 99.57%), '
         'after 4 s of training.'
     )
-    assert 'over 2 seeds), after 4 s of training each' in report.headline([seeds])
-    both = report.headline([two, one])
+    assert 'over 2 seeds), after 4 s of training each' in runs.headline([seeds])
+    both = runs.headline([two, one])
     assert (
         both.startswith('one is the most accurate') and 'a difference beyond chance (p = ' in both
     )
 
 
 def test_a_run_that_has_not_ended_is_reported_as_far_as_it_came(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, '_write_pictures', lambda *args: None)
-    run = fake_runs.write(tmp_path / 'begun', 0, ended=False)
-    text = Parser(report.write([run], tmp_path / 'out').read_text()).text
+    monkeypatch.setattr(runs, '_write_pictures', lambda *args: None)
+    path = fake_runs.write(tmp_path / 'begun', 0, ended=False)
+    text = Parser(runs.write([path], tmp_path / 'out').read_text()).text
     assert 'No run has ended yet' in text and 'Curves' in text
 
 
 def test_curves_are_means_with_bands_over_seeds(directory):
     groups = compare.read([directory / 'one', directory / 'seeds'])
-    curves, generalisation = report.curves(groups)
+    curves, generalisation = runs.curves(groups)
     loss, _ = curves['sections']
     found = {series['name']: series for series in loss['series']}
     assert list(found) == [f'{g} {k}' for g in ('one', 'seeds') for k in ('training', 'validation')]
@@ -96,19 +97,30 @@ def test_curves_are_means_with_bands_over_seeds(directory):
     np.testing.assert_allclose(rate['series'][0]['y'], 0.1 / np.arange(1, 5))
 
 
+def test_a_baseline_is_a_level_line_without_a_learning_rate(directory, tmp_path):
+    baseline = fake_runs.write(tmp_path / 'knn', 9, epochs=1, model={'name': 'knn'})
+    records = (baseline / 'metrics.jsonl').read_text().splitlines()[:2]
+    (baseline / 'metrics.jsonl').write_text('\n'.join([*records, '']))
+    curves, generalisation = runs.curves(compare.read([directory / 'one', baseline]))
+    level = {series['name']: series for series in curves['sections'][1]['series']}
+    assert level['knn validation']['x'] == [1, 4]
+    assert level['knn validation']['y'] == pytest.approx([0.98, 0.98])
+    assert [len(series['x']) for series in generalisation['sections'][1]['series']] == [4, 0]
+
+
 def test_a_long_curve_is_averaged_to_few_points():
     class Member:
         def of_kind(self, kind):
             return [{'epoch': i / 100, 'loss': 5.0 if i % 2 else 1.0} for i in range(10_000)]
 
-    curve = report.curve(Member(), 'train', 'loss')
+    curve = runs.curve(Member(), 'train', 'loss')
     assert len(curve) == 300 and max(curve) == 99.99
     np.testing.assert_allclose(list(curve.values()), 3, atol=0.1)
 
 
 def test_seeds_share_a_confusion_matrix_and_a_reliability_diagram(directory):
     [group] = compare.read([directory / 'seeds'])
-    parts = by_title(report_run.sections(group))
+    parts = by_title(run.sections(group))
     assert np.sum(parts['Confusion matrix']['counts']) == 720
     assert '720 images, all 2 seeds together, 20 are wrong' in parts['Confusion matrix']['note']
     table = parts['By class']
@@ -121,17 +133,17 @@ def test_seeds_share_a_confusion_matrix_and_a_reliability_diagram(directory):
 
 
 def test_older_results_without_newer_metrics_are_shown(tmp_path):
-    run = fake_runs.write(tmp_path / 'old', 4)
-    result = json.loads((run / 'result.json').read_text())
+    path = fake_runs.write(tmp_path / 'old', 4)
+    result = json.loads((path / 'result.json').read_text())
     kept = ('top1', 'top5', 'loss', 'confusion', 'examples', 'seconds', 'epoch', 'top1_interval')
-    (run / 'result.json').write_text(json.dumps({key: result[key] for key in kept}))
-    (run / 'predictions.npz').unlink()
-    (run / 'environment.json').unlink()
-    [group] = compare.read([run])
-    parts = by_title(report_run.sections(group))
+    (path / 'result.json').write_text(json.dumps({key: result[key] for key in kept}))
+    (path / 'predictions.npz').unlink()
+    (path / 'environment.json').unlink()
+    [group] = compare.read([path])
+    parts = by_title(run.sections(group))
     assert 'Calibration' not in parts and len(parts['By class']['rows']) == 10
     assert 'Not shown' in parts['Most confident mistakes']['paragraphs'][0]
-    report.headline([group])
+    runs.headline([group])
 
 
 def test_mistakes_are_the_images_that_are_wrong_surest_first(directory):
@@ -146,13 +158,13 @@ def test_mistakes_are_the_images_that_are_wrong_surest_first(directory):
 
 @pytest.mark.parametrize('fields', [{'data.name': 'npz:/nowhere'}, {'data.validation': 'train'}])
 def test_data_that_are_gone_or_others_are_said_to_be(directory, tmp_path, fields):
-    run = fake_runs.write(tmp_path / 'run', 4)
-    config = json.loads((run / 'config.json').read_text())
-    for path, value in fields.items():
-        section, field = path.split('.')
+    path = fake_runs.write(tmp_path / 'run', 4)
+    config = json.loads((path / 'config.json').read_text())
+    for name, value in fields.items():
+        section, field = name.split('.')
         config[section][field] = value
-    (run / 'config.json').write_text(json.dumps(config))
-    [group] = compare.read([run])
+    (path / 'config.json').write_text(json.dumps(config))
+    [group] = compare.read([path])
     found = by_title(gallery.sections(group.members[0]))
     assert found['Most confident mistakes']['paragraphs'][0].startswith('Not shown: ')
     assert 'no checkpoint' in found['First-layer filters']['paragraphs'][0]
@@ -181,7 +193,7 @@ def test_large_images_are_made_smaller_and_odd_channels_grey():
 
 def test_a_directory_that_is_no_run_is_a_users_mistake(directory, tmp_path):
     with pytest.raises(UserError, match='not a run'):
-        report.write([tmp_path], tmp_path / 'out')
+        runs.write([tmp_path], tmp_path / 'out')
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='--out'):
-        report.write([directory / 'one'], tmp_path / 'file' / 'out')
+        runs.write([directory / 'one'], tmp_path / 'file' / 'out')

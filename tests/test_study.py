@@ -72,7 +72,7 @@ def test_a_study_that_is_complete_trains_nothing(done):
     path, loaded, sections = done
     events = []
     assert study.run(loaded, path / 'out', events.append) == sections
-    assert {event['kind'] for event in events} == {'setting', 'row'}
+    assert {event['kind'] for event in events} == {'setting', 'complete', 'row'}
 
 
 def test_tuning_chooses_by_its_own_split(tmp_path):

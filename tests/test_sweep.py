@@ -52,7 +52,7 @@ def test_each_seed_is_the_run_that_it_is_alone(two_seeds, tmp_path):
 def test_complete_seeds_are_left_alone_and_others_are_added(two_seeds):
     events = []
     sweep.fit_seeds(tiny(seeds=2, seed=3), two_seeds, events.append)
-    assert not events
+    assert [event['kind'] for event in events] == ['complete']
     outcome = sweep.fit_seeds(tiny(seeds=3, seed=3), two_seeds, events.append)
     assert len(outcome.group.members) == 3 and len(compiled(events)) == 1
 
@@ -115,7 +115,7 @@ def test_a_run_that_diverges_is_noted_and_the_others_go_on(tmp_path):
     assert [text.startswith('Stopped at step') for text in sweep.divergences(outcome)] == [True] * 2
     events = []
     sweep.fit_seeds(config, tmp_path / 'run', events.append)
-    assert not events
+    assert [event['kind'] for event in events] == ['complete']
 
 
 def test_settings_are_listed_ones_times_the_grid():

@@ -7,9 +7,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxcls import config as config_lib
-from jaxcls import gallery, intervals, metrics, page
+from jaxcls import intervals, metrics
 from jaxcls import workdir as workdir_lib
-from jaxcls.page import Section, show
+from jaxcls.report import gallery, page
+from jaxcls.report.page import Section, show
 from jaxcls.results import Group, Member
 
 
@@ -108,7 +109,7 @@ def _calibration(members: list[Member]) -> list[Section]:
     )
     note = (
         f'The expected calibration error is {before}, and {after} once logits are divided by a temperature '
-        f'that was fitted on the other half of the images; on all of them it is {temperature}.'
+        f'that was fitted on the other four fifths of the images; on all of them it is {temperature}.'
     )
     accuracy = {'label': 'accuracy', 'format': 'percent'}
     share = {'label': 'share of the images', 'format': 'percent'}

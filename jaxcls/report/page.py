@@ -30,7 +30,8 @@ import jinja2
 import numpy as np
 from rich.cells import cell_len
 
-from jaxcls import charts, registry
+from jaxcls import registry
+from jaxcls.report import charts
 
 Section = dict[str, Any]
 _MATRIX_CLASSES = 40  # more are no picture but a list of pairs
@@ -43,7 +44,7 @@ def render(title: str, sections: Sequence[Section], *, subtitle: str = '') -> st
     Raises:
       UserError: an unknown kind or format.
     """
-    loader = jinja2.PackageLoader('jaxcls')
+    loader = jinja2.PackageLoader('jaxcls.report')
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,

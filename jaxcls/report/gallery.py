@@ -12,7 +12,7 @@ from jaxcls import predictions as predictions_lib
 from jaxcls import workdir as workdir_lib
 from jaxcls.errors import UserError
 from jaxcls.models import MODELS
-from jaxcls.page import Section
+from jaxcls.report.page import Section
 from jaxcls.results import Member
 
 MISTAKES, LABEL_ISSUES, FILTERS = 24, 16, 64

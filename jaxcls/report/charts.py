@@ -69,9 +69,11 @@ def _legend(series: list[dict]) -> list[dict[str, Any]]:
     """
     groups = {}
     for i, item in enumerate(series):
-        groups.setdefault(item['group'], []).append(i)
+        if _has_points(item):
+            groups.setdefault(item['group'], []).append(i)
     if len(groups) == 1 or all(len(members) == 1 for members in groups.values()):
-        return [{'name': s['name'], 'series': [i], **_swatch(s)} for i, s in enumerate(series)]
+        shown = [i for members in groups.values() for i in members]
+        return [{'name': series[i]['name'], 'series': [i], **_swatch(series[i])} for i in shown]
     buttons = [
         {'name': name, 'series': members, **_swatch(series[members[0]]), 'style': 'line'}
         for name, members in groups.items()
@@ -86,6 +88,11 @@ def _legend(series: list[dict]) -> list[dict[str, Any]]:
         {'name': part, 'series': members, 'style': style, 'color': None}
         for (part, style), members in shared
     ]
+
+
+def _has_points(series) -> bool:
+    """One without keeps its colour for the charts beside it, and is not drawn."""
+    return any(y is not None for y in series['y'])
 
 
 def _swatch(series) -> dict[str, Any]:
@@ -120,7 +127,7 @@ def _plot(axes, chart: Section):
     scales = {True: 'log', False: 'linear'}
     axes.set(xscale=scales[bool(x['log'])], yscale=scales[bool(y['log'])])
     bars = [s for s in chart['series'] if s['style'] == 'bar']
-    for series in chart['series']:
+    for series in filter(_has_points, chart['series']):
         _draw(axes, series, bars, _limits(chart))
     if x['categories']:
         names = x['categories']
@@ -134,7 +141,7 @@ def _plot(axes, chart: Section):
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines[['top', 'right']].set_visible(False)
-    if len(chart['series']) > 1:
+    if len(axes.get_legend_handles_labels()[0]) > 1:
         for text in axes.legend(frameon=False, fontsize=8).get_texts():
             text.set_parse_math(False)
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxcls import intervals
 from jaxcls import predictions as predictions_lib
 from jaxcls.errors import UserError
-from jaxcls.page import Section
+from jaxcls.report.page import Section
 from jaxcls.results import Group, Member
 
 # With more runs, each is tested against the best one only.

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxcls import config as config_lib
-from jaxcls import intervals, page, results
+from jaxcls import intervals, results
 from jaxcls.errors import UserError
-from jaxcls.page import Section
+from jaxcls.report import page
+from jaxcls.report.page import Section
+from jaxcls.report.significance import significance
 from jaxcls.results import Group, Member
-from jaxcls.significance import significance
 
 
 class _Column(NamedTuple):

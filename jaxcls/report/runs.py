@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxcls import compare, intervals, page, pictures, report_run, significance
+from jaxcls import intervals, pictures
 from jaxcls import workdir as workdir_lib
 from jaxcls.errors import UserError
 from jaxcls.models import MODELS
-from jaxcls.page import Section, show
+from jaxcls.report import compare, page, run, significance
+from jaxcls.report.page import Section, show
 from jaxcls.results import Group, Member
 
 _POINTS = 300  # of a curve; longer ones are averaged in pieces
@@ -25,7 +26,7 @@ def write(workdirs: Sequence[str | Path], out: str | Path) -> Path:
       UserError: no runs given, no run in one of the directories, or `out` cannot be written.
     """
     groups, out = compare.read(workdirs), Path(out)
-    parts = {group.name: report_run.sections(group) for group in groups}
+    parts = {group.name: run.sections(group) for group in groups}
     charts = curves(groups)
     sections = _shared(groups, charts)
     if len(groups) == 1:

@@ -39,7 +39,7 @@ const onAxis = (format) => (format === 'percent' ? (value) => `${digits(100 * va
 function linearTicks(low, high, count) {
   const rough = (high - low) / count;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * ([1, 2, 5].find((s) => s * power >= rough) ?? 10);
+  const step = power * ([1, 2, 5].find((s) => s * power >= 0.7 * rough) ?? 10);
   const ticks = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) ticks.push(i * step);
   return ticks;

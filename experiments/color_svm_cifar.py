@@ -1,0 +1,16 @@
+"""Colour histograms and an SVM with an RBF kernel on CIFAR-10.
+
+    python -m jaxcls.main --config=experiments/color_svm_cifar.py
+
+TODO
+"""
+
+from jaxcls import config as base
+
+
+def get_config():
+    config = base.get_config()
+    config.data.name = 'tfds:cifar10'
+    config.data.per_class = 1000
+    config.model = {'name': 'svm_rbf', 'features': 'color_histogram', 'bins': 8, 'C': 10.0}
+    return config
