@@ -2,7 +2,8 @@
 
     python -m jaxcls.main --config=experiments/color_svm_cifar.py
 
-TODO
+Hardware: 2 CPU cores. Time: 102 s beside other work. Test accuracy with 10,000 training images: 38.72%
+(37.77 to 39.68: 95% interval of the test split; CIFAR-10 re-encoded as JPEG).
 """
 
 from jaxcls import config as base

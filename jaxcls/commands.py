@@ -214,6 +214,7 @@ def _run_train(args) -> int:
     from rich.console import Console
 
     from jaxcls import console, sweep
+    from jaxcls.report import page
 
     config = _load_config(args)
     _start()
@@ -235,7 +236,7 @@ def _run_train(args) -> int:
     if config.seeds == 1 and outcome.group.members[0].result:
         out.print(console.result_table(outcome.group.members[0]))
     elif config.seeds > 1:
-        out.print(console.section_table(sweep.seeds_table(outcome)))
+        print(page.text(sweep.seeds_table(outcome)))
     return 2 if sweep.divergences(outcome) else 0
 
 
@@ -251,6 +252,7 @@ def _run_sweep(args) -> int:
     from rich.console import Console
 
     from jaxcls import console, sweep
+    from jaxcls.report import page
 
     if not (args.grid or args.setting):
         raise UserError(
@@ -281,7 +283,7 @@ def _run_sweep(args) -> int:
     if args.json:
         _print_json(section)
     else:
-        out.print(console.section_table(section))
+        print(page.text(section))
     return 0
 
 
@@ -300,6 +302,7 @@ def _run_study(args) -> int:
     from rich.console import Console
 
     from jaxcls import config, console, experiment, study
+    from jaxcls.report import page
 
     _start()
     loaded = study.load(args.name, args.data)
@@ -312,7 +315,7 @@ def _run_study(args) -> int:
     sections = study.run(loaded, directory, console.SweepReporter(out))
     for section in sections:
         if section['kind'] == 'table':
-            out.print(console.section_table(section))
+            print(page.text(section))
     print(f'{directory / "report.html"}')
     return 0
 

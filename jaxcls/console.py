@@ -10,7 +10,6 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from jaxcls import results
-from jaxcls.report import page
 
 
 class Reporter:
@@ -43,10 +42,7 @@ class Reporter:
         run = event['run']
         experiment, config = run.experiment, run.experiment.config
         parameters = sum(leaf.size for leaf in jax.tree.leaves(event['state'].params))
-        self.total, self.batch_size = experiment.total_steps, config.batch_size
-        self.epochs_a_step = config.batch_size / experiment.examples
-        self.validate = run.events.validate
-        self.first, self.begin = event['step'], time.perf_counter()
+        self.begin_at(event['step'], run)
         shape = 'x'.join(map(str, experiment.image_shape))
         self.print(
             f'{config.model.name} ({parameters:,} parameters) on {config.data.name}: '
@@ -58,6 +54,14 @@ class Reporter:
             self.print(f'Resuming after step {event["step"]:,}.')
         if self.console.is_terminal:
             self.progress.start()
+
+    def begin_at(self, step: int, run):
+        """What the lines to come need of a run, or of several in one program."""
+        experiment = run.experiment
+        self.total, self.batch_size = experiment.total_steps, experiment.config.batch_size
+        self.epochs_a_step = self.batch_size / experiment.examples
+        self.validate = run.events.validate
+        self.first, self.begin = step, time.perf_counter()
 
     def on_compiled(self, event):
         self.begin += event['seconds']
@@ -89,8 +93,9 @@ class Reporter:
 
     def on_validation(self, event):
         """An epoch's line: validation, then training since the validation before."""
-        mean = average(self.window)
-        self.window = []
+        seed = event.get('seed')  # of several in one program
+        mean = average([record for record in self.window if record.get('seed') == seed])
+        self.window = [record for record in self.window if record.get('seed') != seed]
         train = f'training {show(mean["loss"])} {show(mean["top1"], "%")}'
         self.print(f'{self.line(event)} validation  {train}  {self.speed(self.train)}')
 
@@ -104,11 +109,10 @@ class Reporter:
         self.print(f'Training in {", ".join(map(str, event["workdirs"]))}')
 
     def on_together(self, event):
-        experiment, seeds = event['experiment'], event['seeds']
-        self.total, self.batch_size = experiment.total_steps, experiment.config.batch_size
-        self.epochs_a_step = self.batch_size / experiment.examples
-        self.print(f'{len(seeds)} seeds in one program, {self.total:,} steps, {event["workdir"]}')
-        self.first, self.begin = event['step'], time.perf_counter()
+        self.begin_at(event['step'], event['run'])
+        self.print(f'{len(event["run"].members)} seeds in one program, {self.total:,} steps')
+        if self.console.is_terminal:
+            self.progress.start()
 
     def on_baseline(self, event):
         self.print(
@@ -118,6 +122,8 @@ class Reporter:
     def line(self, event) -> str:
         """Where a record was taken, its loss and its accuracy."""
         place = f'step {event["step"]:>{len(str(self.total))}}/{self.total}  epoch {event["epoch"]:7.2f}'
+        if 'seed' in event:
+            place += f'  seed {event["seed"]}'
         return f'{place}  loss {show(event["loss"])}  accuracy {show(event["top1"], "%")}'
 
     def speed(self, event) -> str:
@@ -177,17 +183,6 @@ def average(records: list[dict[str, Any]]) -> dict[str, float | None]:
         key: sum(r[key] * r['examples'] for r in records) / total if total else None
         for key in ('loss', 'top1')
     }
-
-
-def section_table(section: dict[str, Any]) -> Table:
-    """A table section of `page` for the terminal."""
-    table = Table(title=escape(section['title']), title_justify='left', caption_justify='left')
-    for name, kind in zip(section['columns'], section['formats'], strict=True):
-        table.add_column(escape(name), justify='left' if kind == 'text' else 'right')
-    for row in section['rows']:
-        cells = zip(row, section['formats'], strict=True)
-        table.add_row(*(escape(page.show(cell, kind)) for cell, kind in cells))
-    return table
 
 
 def result_table(member: results.Member) -> Table:

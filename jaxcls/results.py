@@ -138,7 +138,6 @@ def write(
       records: of metrics.jsonl.
       cost: `parameters`, `flops` of one image, `peak_bytes`; as far as known.
     """
-    class_names = workdir_lib.read_json(workdir / 'data.json')['class_names']
     validations = [record for record in records if record['kind'] == 'validation']
     if not validations:
         raise UserError(f'{workdir}/metrics.jsonl has lost its records. Restore it from a copy.')
@@ -152,10 +151,15 @@ def write(
         **(cost or {}),
     }
     predictions_lib.save(workdir / 'predictions.npz', predictions)
-    pictures.curves(records).savefig(workdir / 'curves.png', dpi=120)
-    pictures.confusion_matrix(confusion, class_names).savefig(workdir / 'confusion.png', dpi=120)
+    _draw(workdir, confusion, records)
     workdir_lib.write_json(workdir / 'result.json', result)  # last: it says that all is there
     return result
+
+
+def _draw(workdir: Path, confusion: np.ndarray, records: list[dict[str, Any]]):
+    class_names = workdir_lib.read_data(workdir)['class_names']
+    pictures.curves(records).savefig(workdir / 'curves.png', dpi=120)
+    pictures.confusion_matrix(confusion, class_names).savefig(workdir / 'confusion.png', dpi=120)
 
 
 def read(workdir: str | Path) -> Group:

@@ -71,6 +71,7 @@ class _Many(NamedTuple):
     experiment: experiment_lib.Experiment
     evaluator: evaluation.Evaluator
     checkpoints: workdir_lib.Checkpoints
+    events: loop.Events
     clock: loop.Clock
     on_event: loop.OnEvent
     histories: list[list[dict[str, Any]]]
@@ -128,6 +129,7 @@ def fit_together(
             experiment=experiment,
             evaluator=evaluation.make_evaluator(experiment, validation, mesh, many=True),
             checkpoints=checkpoints,
+            events=loop.Events.of(experiment, feed),
             clock=loop.Clock(histories[0][-1]['seconds'] if histories[0] else 0.0),
             on_event=on_event,
             histories=histories,
@@ -136,8 +138,7 @@ def fit_together(
         tree = (
             restored.tree if restored else (_initial_state(experiment, configs, like[0]), zeros())
         )
-        on_event({'kind': 'together', 'step': step, 'seeds': [c.seed for c in configs],
-                  'experiment': experiment, 'workdir': workdir})  # fmt: skip
+        on_event({'kind': 'together', 'step': step, 'run': many})
         stopped = _train(many, tree, step, feed, like, zeros, until_epoch)
     if stopped == 'done' and jax.process_index() == 0:
         shutil.rmtree(directory, ignore_errors=True)
@@ -198,10 +199,9 @@ def _train(many: _Many, tree, step: int, feed, like, zeros, until_epoch: float) 
         jax.vmap(many.experiment.train_step), feed, like, many.clock, many.on_event
     )
     until = loop.last_step(many.experiment, until_epoch)
-    events = loop.Events.of(many.experiment, feed)
     hooks = loop.Hooks(log, validate, save, progress)
     many.clock.lap()
-    state, stopped = loop.drive(tree, step, until, events, advance, zeros, hooks)
+    state, stopped = loop.drive(tree, step, until, many.events, advance, zeros, hooks)
     many.checkpoints.wait()
     if stopped == 'done':
         evaluated = evaluated or many.evaluator(steps.evaluation_variables(state))

@@ -9,6 +9,7 @@ from jax import export
 
 from jaxcls import config as config_lib
 from jaxcls import experiment as experiment_lib
+from jaxcls import study as study_lib
 
 EXPERIMENTS = sorted((Path(__file__).parent.parent / 'experiments').glob('*.py'))
 STUDIES = sorted((Path(__file__).parent.parent / 'experiments' / 'studies').glob('*.py'))
@@ -64,6 +65,8 @@ def flat_step(experiment):
 
 
 def test_the_train_step_lowers_for_tpu_and_cuda(path):
+    if experiment_lib.is_baseline(config_lib.load_file(path)):
+        pytest.skip('a classical baseline has no train step')
     step, leaves = flat_step(build(path))
     exported = export.export(jax.jit(step), platforms=('tpu', 'cuda'))(*leaves)
     assert exported.platforms == ('tpu', 'cuda')
@@ -83,8 +86,22 @@ def study(name):
 @pytest.mark.parametrize('path', STUDIES, ids=lambda path: path.stem)
 def test_a_study_says_how_to_run_it_and_what_came_out(path):
     header = path.read_text().split('"""')[1]
-    assert f'python experiments/studies/{path.name}' in header and 'Hardware' in header
-    assert 'TODO' not in header
+    script = 'def main()' in path.read_text()
+    command = f'python experiments/studies/{path.name}' if script else f'jaxcls study {path.stem}'
+    assert command in header and 'Hardware' in header and 'easured' in header
+    assert not any(word in header for word in ('TODO', 'TIME', 'ANSWER'))
+
+
+QUESTIONS = [path for path in STUDIES if 'def get_study' in path.read_text()]
+
+
+@pytest.mark.parametrize('data', ['digits', 'mnist', 'cifar10'])
+@pytest.mark.parametrize('path', QUESTIONS, ids=lambda path: path.stem)
+def test_every_setting_of_a_study_is_a_config_of_its_own(path, data):
+    asked = study_lib.load(str(path), data)
+    settings = [setting for _, setting in study_lib.settings(asked)]
+    configs = {config_lib.to_json(setting.config) for setting in settings}
+    assert len(configs) == len(settings) >= 2 and asked.question.endswith('?')
 
 
 def test_the_runs_of_the_transfer_study_differ_in_what_it_asks_about_alone(tmp_path):

@@ -631,3 +631,16 @@ def test_resnet_agrees_with_pytorch(name, fields, size):
     for path, mean in means.items():
         if path.endswith('/mean'):  # PyTorch's running variance is the unbiased one
             assert relative_error(mean, theirs.stats[path]) < 1e-4, path
+
+
+def test_a_layer_with_a_skip_adds_its_input_where_the_widths_agree():
+    images = jax.random.normal(jax.random.key(0), (2, 1, 3, 1))
+    plain, skip = (make_model('mlp', hidden=(3, 4, 4), skip=skip) for skip in (False, True))
+    variables = plain.init(jax.random.key(1), images)
+    (_, without), (_, with_skip) = plain.apply(variables, images), skip.apply(variables, images)
+    x = images.reshape(2, 3)
+    np.testing.assert_allclose(with_skip['hidden1'], without['hidden1'] + x, rtol=1e-6)
+    dense = variables['params']['hidden3']['dense']
+    h = with_skip['hidden2']
+    expected = h + jax.nn.relu(h @ dense['kernel'] + dense['bias'])
+    np.testing.assert_allclose(with_skip['hidden3'], expected, rtol=1e-5)

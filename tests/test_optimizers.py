@@ -279,7 +279,10 @@ def test_penalty_by_hand_and_without_biases(problem):
     assert float(optimizers.penalty(params, 0.3, 0.5)) == pytest.approx(expected, rel=1e-5)
     assert optimizers.penalty(params, 0.0, 0.0) == 0.0
     gradient = jax.grad(lambda params: optimizers.penalty(params, 0.3, 0.5))
-    assert not jit(gradient)(params)['bias'].any()
+    found = jit(gradient)(params)
+    assert not found['bias'].any()
+    by_hand = 0.3 * np.sign(params['conv']) + 0.5 * params['conv']
+    np.testing.assert_allclose(found['conv'], by_hand, rtol=1e-5)
 
 
 def test_ema_by_hand():

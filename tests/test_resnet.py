@@ -1,8 +1,11 @@
 """Residual networks against torchvision and timm."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jaxcls.models import resnet
+from jaxcls.models import make_model, resnet
 from parity import Pair, check_evaluation, check_training
 from parity import timm_model as tm
 from parity import torchvision_model as tv
@@ -56,3 +59,21 @@ def test_full_size_logits_equal_the_reference(name):
     other, scheme = TIMM.get(name, (name, 'torchvision'))
     reference = tv(other) if scheme == 'torchvision' else tm(other)
     check_evaluation(Pair(name, reference, {}, 224, scheme))
+
+
+@pytest.mark.parametrize('preactivation', [False, True])
+def test_where_the_branches_are_zero_a_plain_net_has_nothing_and_a_residual_one_its_input(
+    preactivation,
+):
+    images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    for shortcut in ('none', 'pad'):
+        model = make_model(
+            'resnet20', stage_sizes=(1, 1), num_filters=4, shortcut=shortcut,
+            norm='none', preactivation=preactivation,
+        )  # fmt: skip
+        variables = model.init(jax.random.key(0), images)
+        branch = variables['params']['stage1_block1']
+        variables['params']['stage1_block1'] = jax.tree.map(jnp.zeros_like, branch)
+        _, features = model.apply(variables, images)
+        expected = jnp.zeros_like(features['stem']) if shortcut == 'none' else features['stem']
+        np.testing.assert_allclose(features['stage1'], expected, atol=1e-6)

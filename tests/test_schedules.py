@@ -70,6 +70,7 @@ def test_step_boundaries_are_epochs_from_the_start_of_training():
         ('cosine', {'final_fraction': 0.2}, {0: 1, 20: 0.6, 40: 0.2}),
         ('cosine', {}, {10: 0.5 + 0.25 * 2**0.5, 20: 0.5, 40: 0}),
         ('exponential', {'factor': 0.5, 'every_epochs': 2.0}, {0: 1, 7: 1, 8: 0.5, 16: 0.25}),
+        ('exponential', {'factor': 2.0, 'every_epochs': 2.0}, {0: 1, 8: 2, 16: 4}),
         (
             'exponential',
             {'factor': 0.25, 'every_epochs': 2.0, 'staircase': False},

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from jaxcls import study
+from jaxcls import results, study
 from jaxcls.errors import UserError
 
 FILE = """
@@ -29,6 +29,14 @@ def get_study(data):
         },
     )
 """
+
+
+@pytest.fixture(scope='module', autouse=True)
+def no_pictures():
+    """Half of the time of a run as short as these."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, '_draw', lambda *args: None)
+        yield
 
 
 @pytest.fixture(scope='module')

@@ -3,8 +3,18 @@
     jaxcls study activations [--data=digits|mnist|cifar10]
 
 MLPs of 2 to 30 hidden layers of 64 units without normalisation, with the initialiser that suits each
-activation. Hardware: 2 CPU cores. Time: TIME.
-ANSWER
+activation. Hardware: 2 CPU cores. Time: 60 runs, 19 minutes beside other work (9 of them computing).
+Measured (MNIST, 3 seeds): test accuracy, and the gradient norm of the first layer over that of the last
+
+    hidden layers        2              5             10             20             30       30: gradient
+    sigmoid      89.4 +- 0.9    49.0 +- 37     19.7 +- 3.2    11.4 +- 0      11.4 +- 0      0 (underflow)
+    tanh         92.5 +- 0.7    93.4 +- 0.3    93.4 +- 0.1    92.5 +- 0.4    90.4 +- 2.5             4.6
+    ReLU         93.2 +- 0.5    93.1 +- 0.8    91.9 +- 1.9    89.6 +- 0.9    85.7 +- 5.8             1.7
+    GELU         93.5 +- 0.5    93.3 +- 1.0    92.4 +- 1.9    90.9 +- 1.1    83.5 +- 7.3             6.7
+
+The sigmoid's gradient loses a factor of four at each layer, and more than about five cannot be
+trained. Tanh's does not vanish, whatever the textbook says of saturating units: with Glorot's
+initialiser it is the best of all at 20 and 30 layers. What ReLU and GELU lose there is no vanishing gradient.
 """
 
 from jaxcls import study

@@ -33,8 +33,8 @@ MNIST = {
     'LeNet-5': {'name': 'lenet5'},
     'AlexNet': {
         'name': 'alexnet_small',
-        'widths': (16, 32, 48, 32, 32),
-        'hidden': (128, 128),
+        'widths': (8, 24, 32, 24, 24),
+        'hidden': (256, 256),
     },
     'VGG': {
         'name': 'vgg11_bn',
@@ -43,16 +43,17 @@ MNIST = {
         'hidden': (128,),
         'pool_size': 3,
     },
-    'ResNet-14': {'name': 'resnet20', 'stage_sizes': (2, 2, 2), 'num_filters': 8},
-    'PreActResNet-14': {'name': 'preact_resnet20', 'stage_sizes': (2, 2, 2), 'num_filters': 8},
+    'ResNet-8': {'name': 'resnet20', 'stage_sizes': (1, 1, 1), 'num_filters': 8},
+    'PreActResNet-8': {'name': 'preact_resnet20', 'stage_sizes': (1, 1, 1), 'num_filters': 8},
     'DenseNet': {
         'name': 'densenet_bc_100_12',
         'stage_sizes': (2, 2, 2),
-        'growth_rate': 6,
-        'num_filters': 12,
+        'growth_rate': 8,
+        'num_filters': 8,
+        'bottleneck': 0,
     },
     'MobileNetV2': {'name': 'mobilenet_v2', 'width': 0.25, 'depth': 0.3, 'final_width': 128},
-    'ViT': {'name': 'vit_ti16', 'patch_size': 7, 'depth': 4, 'width': 64, 'heads': 4},
+    'ViT': {'name': 'vit_ti16', 'patch_size': 7, 'depth': 2, 'width': 64, 'heads': 4},
 }
 CIFAR = {
     'softmax regression': {'name': 'linear'},
@@ -83,11 +84,10 @@ def training_seconds(member):
 def get_study(data='mnist'):
     config = study.base(data)
     networks = {'digits': DIGITS, 'mnist': MNIST, 'cifar10': CIFAR}[data]
-    config.epochs = {'digits': 20.0, 'mnist': 2.0, 'cifar10': 30.0}[data]
+    config.epochs = {'digits': 20.0, 'mnist': 1.0, 'cifar10': 30.0}[data]
     config.warmup_epochs = config.epochs / 20
     config.learning_rate = 0.002
-    if data != 'digits':
-        config.batch_size = 128
+    config.batch_size = {'digits': 32, 'mnist': 16, 'cifar10': 128}[data]
     if data == 'cifar10':
         config.augment = [{'name': 'pad_crop', 'padding': 4}, {'name': 'flip'}]
     return study.Study(

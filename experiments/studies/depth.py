@@ -5,18 +5,34 @@
 With all else equal, a deeper network can do what a shallower one does (its further layers may copy),
 so where its *training* accuracy is lower, that is for optimisation, not for overfitting: the
 degradation of He et al. 2015 (arXiv:1512.03385). ReLU networks by one recipe, all with He
-initialisation: plain, with batch norm (Ioffe & Szegedy 2015), with skip connections, with both. A sum
-of a He-initialised branch and its input grows with depth, and batch norm hides it; so skip connections
-are tried alone with branches that start small, too (De & Smith 2020, arXiv:2002.10444; Zhang et al. 2019,
-arXiv:1901.09321). Digits and MNIST: MLPs of 64 units a layer (a small branch: standard deviation 0.01),
-Adam. CIFAR-10: the ResNets of 20 to 56 layers and their plain twins (a small branch: its last
-convolution starts at 0), momentum SGD.
+initialisation: plain, with batch norm (Ioffe & Szegedy 2015), with skip connections, with both. What
+one of them alone does to gradients is known from theory: batch norm makes them grow by about 1.2 a layer
+backwards (Yang et al. 2019, arXiv:1902.08129), a skip connection around a He-initialised branch makes
+signal and gradient grow. So skip connections are tried with branches that start small, too, which batch
+norm gives them otherwise (De & Smith 2020, arXiv:2002.10444; Zhang et al. 2019, arXiv:1901.09321). Gradient
+norms are of the deepest networks, before the first step, on 256 training images.
 
-Hardware: 2 CPU cores. Time: TIME.
-ANSWER
+Digits and MNIST: MLPs of 64 units a layer (a small branch: standard deviation 0.01), Adam. CIFAR-10: the
+ResNets of 8 to 56 layers and their plain twins (a small branch: its last convolution starts at 0),
+momentum SGD.
+
+Hardware: 2 CPU cores. Time: 75 runs, 33 minutes beside other work (12 of them computing).
+Measured (MNIST, 3 seeds): test accuracy, and training accuracy at 30
+
+    hidden layers                     2             5            10            20            30    training
+    plain                    93.3 +- 0.8   93.4 +- 0.4   92.5 +- 1.3   90.9 +- 2.0   89.2 +- 1.6   91.3 +- 1.1
+    batch norm               93.5 +- 0.2   93.1 +- 0.3   89.6 +- 0.7   43.3 +- 3.9   13.3 +- 2.3   12.9 +- 0.8
+    skip                     93.1 +- 0.3   91.2 +- 0.7   52.3 +- 52    14.6 +- 4.0   17.1 +- 6.8   17.3 +- 8.3
+    skip, small branches     93.5 +- 0.7   94.2 +- 0.5   94.6 +- 1.2   95.0 +- 0.3   95.0 +- 0.7   98.1 +- 1.0
+    batch norm and skip      93.3 +- 0.3   93.5 +- 0.1   93.0 +- 0.5   92.2 +- 0.8   91.3 +- 1.3   95.3 +- 1.6
+
+The plain net degrades in training, as He et al. found. But in fully connected nets batch norm alone
+makes it worse, and so do skip connections alone, against the textbook: the sum doubles its scale at
+every layer, and batch norm's gradient grows by layers (Yang et al. 2019, arXiv:1902.08129). What gains from
+depth is a skip around branches that start small.
 """
 
-from jaxcls import study
+from jaxcls import propagation, study
 
 MLP_ARMS = {
     'plain': {},
@@ -32,7 +48,7 @@ RESNET_ARMS = {
     'skip, small branches': {'model.norm': 'none', 'model.zero_init_residual': True},
     'batch norm and skip': {},
 }
-DEPTHS = (2, 5, 10, 20, 30)
+DEPTHS = (2, 10, 20, 30)
 BLOCKS = (1, 3, 5, 9)  # a stage; 6 n + 2 layers
 
 
@@ -60,16 +76,26 @@ def resnets(config):
     return RESNET_ARMS, {str(6 * n + 2): {'model.stage_sizes': (n, n, n)} for n in BLOCKS}
 
 
+def gradients(member):
+    if len(member.config.model.hidden) < max(DEPTHS):
+        return {}
+    return dict(enumerate(propagation.at_start(member).gradient, 1))
+
+
 def get_study(data='mnist'):
     config = study.base(data)
-    arms, depths = resnets(config) if data == 'cifar10' else mlps(config, data)
+    convolutional = data == 'cifar10'
+    arms, depths = resnets(config) if convolutional else mlps(config, data)
+    axis = 'layers' if convolutional else 'hidden layers'
+    measures = {'test accuracy': study.accuracy(), 'training accuracy': study.training_accuracy()}
+    if not convolutional:
+        measures['gradient norm at the start'] = study.Measure(
+            gradients, 'number', x='layer', log_y=True, facet=axis
+        )
     return study.Study(
         question='To what depth can networks be trained with batch norm, with skip connections, with '
         'both and with neither?',
         config=config,
-        axes={'network': arms, 'layers' if data == 'cifar10' else 'hidden layers': depths},
-        measures={
-            'test accuracy': study.accuracy(),
-            'training accuracy': study.training_accuracy(),
-        },
+        axes={'network': arms, axis: depths},
+        measures=measures,
     )

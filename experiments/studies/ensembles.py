@@ -1,6 +1,6 @@
 """What does an ensemble of seeds gain, in accuracy and in calibration, and with how many members?
 
-    jaxcls study ensembles [--data=digits|mnist|cifar10] [--seeds=10]
+    jaxcls study ensembles [--data=digits|mnist|cifar10] [--seeds=20]
 
 The members differ in their seed alone (initialisation and order of the images); their probabilities
 are averaged. A number of members is measured on disjoint sets of the seeds, so the values of an
@@ -42,7 +42,7 @@ def of_all(key):
 
 def get_study(data='mnist'):
     config = study.base(data)
-    config.seeds = 10
+    config.seeds = 20
     config.epochs = {'digits': 10.0, 'mnist': 3.0, 'cifar10': 60.0}[data]
     config.learning_rate = 0.002
     config.batch_size = 32 if data == 'digits' else 128

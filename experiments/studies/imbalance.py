@@ -6,8 +6,19 @@ Class k of K keeps `imbalance^(-k / (K - 1))` of its training images: class 0 is
 one the tail. The test split is as it was, about even. Weights by inverse frequency, by the effective
 number of examples (beta 0.99: between inverse and none), focal loss (gamma 2) and complement
 cross-entropy against plain cross-entropy. All runs take the same number of steps; a greater imbalance
-also leaves fewer images. Hardware: 2 CPU cores. Time: TIME.
-ANSWER
+also leaves fewer images. Hardware: 2 CPU cores. Time: 45 runs, 19 minutes beside other work.
+Measured (MNIST, 3 seeds; balanced accuracy, and F1 of the rarest class):
+
+    imbalance                 10:1                         100:1
+    cross-entropy      95.7 +- 1.3   91.9 +- 5.3    87.8 +- 5.1   67.0 +- 27
+    inverse weights    96.0 +- 0.7   93.5 +- 2.6    90.0 +- 4.8   78.4 +- 28
+    effective number   95.8 +- 0.8   92.5 +- 2.5    89.9 +- 4.6   76.8 +- 29
+    focal              95.4 +- 1.5   91.8 +- 4.5    88.0 +- 6.3   68.4 +- 31
+    complement         95.7 +- 0.7   92.5 +- 2.6    86.2 +- 5.0   53.5 +- 25
+
+Weights help the tail at 100:1 and cost the others nothing; focal loss, made for rare objects, does not
+help rare classes. With three draws of some ten images of the rarest class the intervals are wide: the
+order of the means is the same in all three draws for the weights, and no more can be said.
 """
 
 from jaxcls import study
@@ -33,7 +44,7 @@ def f1_of_rarest(member):
 
 def get_study(data='mnist'):
     config = study.base(data)
-    config.learning_rate = 0.001
+    config.learning_rate = 0.002
     epochs = {'digits': 20.0, 'mnist': 3.0, 'cifar10': 30.0}[data]
     config.model = {'name': 'mlp' if data == 'digits' else 'lenet5'}
     if data == 'cifar10':

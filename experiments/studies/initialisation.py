@@ -4,16 +4,26 @@
 
 ReLU MLPs of 10 and 30 hidden layers of 100 units, without normalisation or skip connections, by
 momentum SGD at one learning rate. An initialiser is that of every kernel, the last layer's included,
-as whoever chooses one would use it; biases start at 0. Per layer of 100 units, by theory (He 2015,
-arXiv:1502.01852), 'he_normal' keeps the scale of the signal; 'glorot_normal' (Glorot & Bengio 2010) and
-'orthogonal' (Saxe 2013, of gain 1), made for linear and tanh units, lose a factor of sqrt(2), 1e-4.5 in 30
-layers; 'normal' (standard deviation 0.01; Krizhevsky 2012) loses one of 14. Scale and gradient are of the
-first 256 training images, before the first step; the last layer is that of the logits. Zeros, which
-'zeros' has everywhere, have no place on their logarithmic axes. Adam divides the scale of the gradient
-out: add --config.optimizer.name=adam --config.learning_rate=0.001.
+as whoever chooses one would use it; biases start at 0. By theory (He 2015, arXiv:1502.01852)
+'he_normal' keeps the scale of the signal; 'glorot_normal' (Glorot & Bengio 2010) and 'orthogonal' (Saxe
+2013, of gain 1), made for linear and tanh units, lose a factor of 1.4 a layer; 'normal' (standard
+deviation 0.01; Krizhevsky 2012) loses one of 14. Scale and gradient are of 256 training images,
+before the first step; the last layer is that of the logits. Zeros, which 'zeros' has everywhere, have
+no place on their logarithmic axes. Adam divides the scale of the gradient out: try it with
+--config.optimizer.name=adam --config.learning_rate=0.001.
 
-Hardware: 2 CPU cores. Time: TIME.
-ANSWER
+Hardware: 2 CPU cores. Time: 30 runs, 7 minutes beside other work.
+Measured (MNIST, 3 seeds, test accuracy):
+
+    hidden layers             10             30
+    zeros             11.4 +- 0      11.4 +- 0
+    normal (0.01)     11.4 +- 0      11.4 +- 0
+    glorot_normal     92.9 +- 1.6    11.4 +- 0
+    he_normal         93.7 +- 0.4    87.0 +- 3.6
+    orthogonal        92.4 +- 0.4    11.4 +- 0
+
+He's alone can be trained at 30 layers; at 10, losing sqrt(2) a layer does not matter yet. Zeros
+and the small normal are at chance (the share of ones) at both depths.
 """
 
 import functools

@@ -5,10 +5,10 @@
 The learning rate of each is the best of five, half a decade apart and in the range that suits it, by
 the accuracy at the end on images that neither training nor the measures see (one run a rate); what
 stands in the table as learning_rate is the one chosen. All rates fall along a cosine. Seconds are of
-training alone, without compiling or validating. The other settings are the usual ones: momentum 0.9;
-AdamW is Adam with a decoupled weight decay of 0.1, which the others do without; Muon
-(orthogonalised momentum) updates the matrices, and Adam the biases. Digits and MNIST: an MLP; CIFAR-10: a
-ResNet-20 (there, with batch norm and augmentation).
+training alone, without compiling or validating; both they and epochs are of the runs that get to the
+accuracy. The other settings are the usual ones: momentum 0.9; AdamW is Adam with a decoupled weight decay
+of 0.1, which the others do without; Muon (orthogonalised momentum) updates the matrices, and Adam the
+biases. Digits and MNIST: an MLP; CIFAR-10: a ResNet-20, with shifts and flips.
 
 Hardware: 2 CPU cores. Time: TIME.
 ANSWER
@@ -30,7 +30,7 @@ OPTIMIZERS = {
     'Lion': ({'optimizer': {'name': 'lion'}}, (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
     'Muon': ({'optimizer': {'name': 'muon'}}, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
 }
-TARGETS = {'digits': 0.93, 'mnist': 0.94, 'cifar10': 0.8}
+TARGETS = {'digits': 0.95, 'mnist': 0.94, 'cifar10': 0.8}
 
 
 def training_seconds(target):
@@ -53,7 +53,7 @@ def training_seconds(target):
 def get_study(data='mnist'):
     config = study.base(data)
     config.epochs = {'digits': 20.0, 'mnist': 5.0, 'cifar10': 20.0}[data]
-    config.validate_every_epochs = {'digits': 2.0, 'mnist': 0.5, 'cifar10': 1.0}[data]
+    config.validate_every_epochs = {'digits': 1.0, 'mnist': 0.5, 'cifar10': 1.0}[data]
     config.batch_size = 32 if data == 'digits' else 128
     config.model = {'name': 'mlp', 'hidden': (256, 128)}
     if data == 'cifar10':
@@ -68,7 +68,6 @@ def get_study(data='mnist'):
             'test accuracy': study.accuracy(),
             f'epochs to {target:.0%}': study.first_reaching(target, 'epoch', 'number'),
             f'seconds to {target:.0%}': training_seconds(target),
-            'images a second': study.median_speed(),
             'test accuracy by epoch': study.curve('top1'),
         },
         tune={'learning_rate': {name: rates for name, (_, rates) in OPTIMIZERS.items()}},

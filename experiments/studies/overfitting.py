@@ -2,14 +2,15 @@
 
     jaxcls study overfitting [--data=digits|mnist|cifar10]
 
-Few training images and networks of growing width, trained to the end and with one remedy each. Curves
-over epochs are of the widest: training error as it is met in training (under dropout and on augmented
-images, where there are any), error and loss on held-out images. Early stopping goes by those: it ends
-training when the held-out loss has had no new minimum for a fifth of it, and keeps the checkpoint of the
+Few training images and networks of growing width, trained far past the point where they fit them, at a
+constant rate (one that falls would end late learning by itself), with one remedy each. Curves over
+epochs are of the widest: training error as it is met in training (under dropout and on augmented images,
+where there are any), error and loss on held-out images. Early stopping goes by those: it ends training
+when the held-out loss has had no new minimum for a fifth of the epochs, and keeps the checkpoint of the
 best held-out accuracy. The test split, which decides nothing, gives the accuracies of the table; the gap
-is the training accuracy, of clean images without dropout, less the test accuracy. Strengths are usual
-ones, not tuned for each width. Digits (300 images) and MNIST (1,000): MLPs of two hidden layers; CIFAR-10
-(5,000): ResNet-20s with that many channels in the first stage.
+is the training accuracy, of clean images without dropout, less the test accuracy. Strengths are the
+same at every width and were not tuned. Digits (300 images) and MNIST (1,000): MLPs of two hidden
+layers; CIFAR-10 (5,000): ResNet-20s with that many channels in the first stage.
 
 Hardware: 2 CPU cores. Time: TIME.
 ANSWER
@@ -68,6 +69,7 @@ def get_study(data='mnist'):
     config.validate_every_epochs = config.epochs / 20
     config.batch_size = 64
     config.learning_rate = 0.001
+    config.schedule = {'name': 'constant'}
     config.optimizer = {'name': 'adamw'}
     config.model = {'name': 'resnet20'} if data == 'cifar10' else {'name': 'mlp'}
     field = 'num_filters' if data == 'cifar10' else 'hidden'
