@@ -48,7 +48,7 @@ RESNET_ARMS = {
     'skip, small branches': {'model.norm': 'none', 'model.zero_init_residual': True},
     'batch norm and skip': {},
 }
-DEPTHS = (2, 10, 20, 30)
+DEPTHS = (2, 5, 10, 20, 30)
 BLOCKS = (1, 3, 5, 9)  # a stage; 6 n + 2 layers
 
 

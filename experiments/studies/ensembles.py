@@ -5,8 +5,20 @@
 The members differ in their seed alone (initialisation and order of the images); their probabilities
 are averaged. A number of members is measured on disjoint sets of the seeds, so the values of an
 interval are independent but for the test images that all share; where there are fewer than three such
-sets their mean stands without an interval. Hardware: 2 CPU cores. Time: TIME.
-ANSWER
+sets their mean stands without an interval. Hardware: 2 CPU cores. Time: 40 runs, 4 minutes.
+Measured (MNIST, 20 seeds; one network: mean +- 95% interval of the mean over the seeds):
+
+    members                     1             2       5      10      20
+    MLP     accuracy     95.41 +- 0.05      95.6    95.7    95.7    95.7
+            log loss     0.147 +- 0.001    0.143   0.140   0.140   0.139
+            ECE           0.52 +- 0.05      0.59    0.71    0.73    0.68
+    LeNet   accuracy     96.16 +- 0.14      96.6    96.8    97.0    96.9
+            log loss     0.123 +- 0.004    0.113   0.107   0.105   0.104
+            ECE           0.82 +- 0.07      1.54    1.92    2.12    2.10
+
+Half of the gain comes with the second member, nearly all with five. Calibration gets worse, against the
+textbook: networks that are calibrated alone are too modest when averaged, as the mean of different
+probabilities is less sure. Log loss and Brier score still improve.
 """
 
 from jaxcls import metrics, predictions, study

@@ -8,9 +8,9 @@ as whoever chooses one would use it; biases start at 0. By theory (He 2015, arXi
 'he_normal' keeps the scale of the signal; 'glorot_normal' (Glorot & Bengio 2010) and 'orthogonal' (Saxe
 2013, of gain 1), made for linear and tanh units, lose a factor of 1.4 a layer; 'normal' (standard
 deviation 0.01; Krizhevsky 2012) loses one of 14. Scale and gradient are of 256 training images,
-before the first step; the last layer is that of the logits. Zeros, which 'zeros' has everywhere, have
-no place on their logarithmic axes. Adam divides the scale of the gradient out: try it with
---config.optimizer.name=adam --config.learning_rate=0.001.
+before the first step; the last layer is that of the logits. What is 0, or below 1e-18, where its square
+leaves float32, has no place on their logarithmic axes, and 'zeros' has nothing else. Adam divides the
+scale of the gradient out: try it with --config.optimizer.name=adam --config.learning_rate=0.001.
 
 Hardware: 2 CPU cores. Time: 30 runs, 7 minutes beside other work.
 Measured (MNIST, 3 seeds, test accuracy):
@@ -43,6 +43,8 @@ def by_layer(key):
     """A number of `propagation.Propagation` for each layer, where it is not 0."""
 
     def of(member):
+        if member.config.model.kernel_init == 'zeros':
+            return {}  # all but the gradient of the last bias
         values = enumerate(getattr(at_start(member.workdir), key), 1)
         return {layer: value for layer, value in values if value > 0}
 

@@ -10,8 +10,20 @@ best epoch is the best on the test split: what perfect early stopping would have
 many suspects by the network's predictions of the test split; what is found is the share of the wrong
 labels among them. (It reads probabilities, which logits trained by squared error are not made for.)
 
-Hardware: 2 CPU cores. Time: TIME.
-ANSWER
+Hardware: 2 CPU cores. Time: 60 runs, 20 minutes beside other work.
+Measured (MNIST, 3 seeds): test accuracy at the end, and at its best epoch
+
+    wrong labels            0%            20%            40%            60%       60%, best epoch
+    cross-entropy      95.3 +- 0.2   87.7 +- 1.1   73.4 +- 0.5   52.6 +- 1.0   83.9 +- 3.5
+    label smoothing    96.3 +- 0.1   89.0 +- 0.6   73.0 +- 0.9   51.3 +- 0.8   83.4 +- 3.3
+    squared error      96.3 +- 0.2   90.5 +- 1.2   76.8 +- 0.9   54.3 +- 0.3   82.2 +- 3.4
+    Brier              95.4 +- 0.3   88.9 +- 1.4   73.6 +- 1.8   51.5 +- 1.3   83.3 +- 1.8
+    mixup              95.0 +- 0.2   93.0 +- 0.2   89.5 +- 0.2   81.3 +- 1.9   84.3 +- 1.4
+
+All but mixup memorise: cross-entropy ends with 95% of the training labels right as given, 60% of them wrong.
+Squared error withstands a little noise better, label smoothing at most 20%; both are better than
+cross-entropy without any. Stopping at the best epoch does as well as mixup: what noise costs is the
+memorising. Confident learning finds 64 to 92% of the wrong labels, most from the mixup nets.
 """
 
 import numpy as np
