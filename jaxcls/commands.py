@@ -271,7 +271,7 @@ def _run_sweep(args) -> int:
             print(f'{i:>4}  {name}, seed {config.seed}')
         return 0
     _start()
-    out = Console()
+    out = Console(quiet=args.json)
     reporter = console.SweepReporter(out)
     if args.member is not None:
         return _run_member(args, settings, directory, console.Reporter(out))

@@ -115,6 +115,7 @@ class Reporter:
             self.progress.start()
 
     def on_baseline(self, event):
+        self.total, self.batch_size, self.validate = 1, event['examples'], {1}
         self.print(
             f'{event["estimator"]} on {event["examples"]:,} images, {event["features"]:,} features'
         )

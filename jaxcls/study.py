@@ -176,9 +176,12 @@ def run(
 
 
 def _tune(study: Study, labels, setting: sweep.Setting, workdir: Path, on_event):
-    """The setting's config with the best value of each point of `study.tune`, and what that is."""
-    if not study.tune:
-        return setting.config, {}
+    """The setting's config with the best value of each point of `study.tune`, and what that is.
+
+    Classical baselines have nothing to tune: None of each.
+    """
+    if not study.tune or experiment_lib.is_baseline(setting.config):
+        return setting.config, dict.fromkeys(study.tune)
     choices = [
         next(v[label] for label in labels.values() if label in v) if isinstance(v, Mapping) else v
         for v in study.tune.values()
@@ -349,7 +352,7 @@ def _table(study: Study, rows: list[Row]) -> dict[str, Any]:
 def _row_text(study: Study, row: Row) -> str:
     """A setting's line on the terminal."""
     parts = [', '.join(row.labels.values())]
-    parts += [f'{field} {value:g}' for field, value in row.tuned.items()]
+    parts += [f'{field} {value:g}' for field, value in row.tuned.items() if value is not None]
     for name, measure in study.measures.items():
         if not measure.x:
             parts.append(f'{name} {page.show(_cell(row.values[name]), measure.format)}')

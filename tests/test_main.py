@@ -243,3 +243,46 @@ def test_wrong_words_are_usage_errors(argv, capsys):
 def test_a_run_of_another_config_is_refused(run, capsys):
     assert main.main([f'--workdir={run}', *TRAIN, '--config.seed=1']) == 2
     assert 'seed: 0 there, 1 now' in capsys.readouterr().err
+
+
+def test_a_baseline_and_seeds_are_trained_evaluated_and_compared(run, tmp_path, capsys):
+    knn, pair = tmp_path / 'knn', tmp_path / 'pair'
+    fields = ['--config.data.train=train[:200]']
+    assert main.main([f'--workdir={knn}', '--config.model.name=knn', *fields]) == 0
+    assert 'validation accuracy' in capsys.readouterr().out
+    assert main.main(['evaluate', str(knn)]) == 0
+    assert 'test: 360 examples' in capsys.readouterr().out
+    seeds = ['--config.model.name=linear', '--config.epochs=1', '--config.seeds=2', *fields]
+    assert main.main([f'--workdir={pair}', *seeds]) == 0
+    assert '95% t-interval over 2 seeds' in capsys.readouterr().out
+    assert len(json_of(capsys, 'evaluate', pair, '--json')['members']) == 2
+    compared = json_of(capsys, 'compare', run, knn, pair, '--json')
+    assert 'pair' in json.dumps(compared)
+    for argv, message in (
+        (['evaluate', str(knn), '--split=train'], 'keeps its predictions'),
+        (['predict', str(knn), 'x.png'], 'is no network'),
+        (['predict', str(pair), 'x.png'], 'give one of them'),
+        (['evaluate', str(run), '--tta=flop'], 'flip'),
+    ):
+        assert main.main(argv) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_sweep_is_listed_trained_member_by_member_and_reported(tmp_path, capsys):
+    sweep = [
+        'sweep', f'--workdir={tmp_path}/sweep', '--grid', 'learning_rate=0.01,0.001',
+        '--config.model.name=linear', '--config.epochs=1', '--config.data.train=train[:100]',
+    ]  # fmt: skip
+    assert main.main([*sweep, '--list']) == 0
+    assert capsys.readouterr().out.count('learning_rate=') == 2
+    assert main.main([*sweep, '--member=1']) == 0
+    capsys.readouterr()
+    rows = json_of(capsys, *sweep, '--json')
+    assert len(rows['rows']) == 2
+    assert main.main(['sweep']) == 2 and 'needs settings' in capsys.readouterr().err
+
+
+def test_the_learning_rate_test_prints_a_rate_and_leaves_a_picture(tmp_path, capsys):
+    picture = tmp_path / 'lr.png'
+    argv = ['lr-find', '--steps=40', f'--picture={picture}', '--config.model.name=linear']
+    assert 0 < json_of(capsys, *argv, '--json')['suggestion'] < 10 and picture.is_file()

@@ -91,7 +91,7 @@ def test_tuning_chooses_by_its_own_split(tmp_path):
         config=config,
         axes={'loss': {'cross-entropy': {}}},
         measures={'accuracy': study.accuracy()},
-        tune={'learning_rate': (1e-7, 0.01)},
+        tune={'learning_rate': {'cross-entropy': (1e-7, 0.01)}},
         tune_split=study.tune_split('digits'),
     )
     table = study.run(asked, tmp_path / 'out')[-1]
