@@ -8,8 +8,23 @@ alone: a mirrored digit is another sign or none. TrivialAugment moves images by 
 which empties some of those of 8x8 or 28x28. Digits (300 images): 'lenet_small'; MNIST (1,000): LeNet-5;
 CIFAR-10 (5,000): ResNet-20.
 
-Hardware: 2 CPU cores. Time: TIME.
-ANSWER
+Hardware: 2 CPU cores. Time: 30 runs, 14 minutes beside other work.
+Measured (MNIST, 1,000 training images, 3 seeds):
+
+    augmentation        test accuracy       log loss             ECE
+    none                94.7 +- 1.4     0.264 +- 0.07      3.4 +- 1.3
+    shift               96.6 +- 0.3     0.113 +- 0.01      1.2 +- 0.4
+    affine              97.7 +- 0.4     0.077 +- 0.01      0.8 +- 0.5
+    cutout              95.4 +- 0.3     0.184 +- 0.01      2.3 +- 0.1
+    random erasing      96.0 +- 0.5     0.160 +- 0.05      2.0 +- 0.5
+    RandAugment         96.9 +- 0.3     0.112 +- 0.01      1.3 +- 0.2
+    TrivialAugment      96.8 +- 0.6     0.110 +- 0.02      0.8 +- 0.3
+    mixup               95.7 +- 1.2     0.171 +- 0.03      4.5 +- 0.7
+    cutmix              95.6 +- 0.7     0.284 +- 0.02     15.0 +- 0.5
+    shift and cutmix    96.9 +- 0.5     0.296 +- 0.02     18.6 +- 1.0
+
+What digits really do, small affine changes, helps most and more than the searched-for policies do. All
+but mixup and cutmix calibrate as well; those two leave the network too modest.
 """
 
 from jaxcls import study

@@ -165,7 +165,10 @@ def _draw(axes, series, bars, limits):
     style = {
         'color': color,
         'label': series['name'],
-        'marker': '' if i < 0 or (len(xs) > 40 and not points) else MARKERS[i % len(MARKERS)],
+        # After all colours the markers move on by one, so that no pair comes twice.
+        'marker': ''
+        if i < 0 or (len(xs) > 40 and not points)
+        else MARKERS[(i + i // len(PALETTE)) % len(MARKERS)],
         'markersize': 4,
         'linestyle': 'none' if points else _DASHES.get(series['style'], '-'),
     }

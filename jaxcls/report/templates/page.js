@@ -74,7 +74,8 @@ function scale(values, log, pad, [from, to], count) {
 const MARKS = ['M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0', 'M-3 -3h6v6h-6z', 'M0 -4.4L4.4 0L0 4.4L-4.4 0z',
   'M-4 3.2L0 -4L4 3.2z', 'M-4 -3.2L0 4L4 -3.2z', 'M-1.3 -4h2.6v2.7h2.7v2.6h-2.7v2.7h-2.6v-2.7h-2.7v-2.6h2.7z',
   'M-4 -2.5L-2.5 -4L0 -1.5L2.5 -4L4 -2.5L1.5 0L4 2.5L2.5 4L0 1.5L-2.5 4L-4 2.5L-1.5 0z', 'M0 -4.5L1.3 -1.4L4.5 0L1.3 1.4L0 4.5L-1.3 1.4L-4.5 0L-1.3 -1.4z'];
-const mark = (color) => MARKS[Math.max(color, 0) % MARKS.length];
+// After all colours the marks move on by one, so that no pair comes twice.
+const mark = (color) => MARKS[Math.max(color + Math.floor(color / 8), 0) % MARKS.length];
 const colorClass = (color) => (color < 0 ? 'cm' : `c${color % 8}`);
 
 // An interval about a share ends at 0 and 1 where all shares lie between them.
