@@ -10,8 +10,21 @@ accuracy. The other settings are the usual ones: momentum 0.9; AdamW is Adam wit
 of 0.1, which the others do without; Muon (orthogonalised momentum) updates the matrices, and Adam the
 biases. Digits and MNIST: an MLP; CIFAR-10: a ResNet-20, with shifts and flips.
 
-Hardware: 2 CPU cores. Time: TIME.
-ANSWER
+Hardware: 2 CPU cores. Time: 24 runs and 40 to choose the rates, 12 minutes beside other work.
+Measured (MNIST, an MLP, 5 epochs of 10,000 images, 3 seeds):
+
+    optimiser   rate   test accuracy   epochs to 94%   seconds to 94%
+    SGD        0.3      95.2 +- 0.2      2.2 +- 0.7       0.8 +- 0.5
+    momentum   0.1      96.0 +- 0.3      1.8 +- 0.7       0.8 +- 0.7
+    Nesterov   0.1      96.0 +- 0.4      1.5 +- 0         0.4 +- 0.1
+    RMSProp    0.003    96.2 +- 0.1      2.0 +- 0         0.6 +- 0.3
+    Adam       0.01     96.2 +- 0.1      2.2 +- 1.4       0.7 +- 0.6
+    AdamW      0.01     96.3 +- 0.2      1.8 +- 1.4       1.3 +- 0.8
+    Lion       0.001    95.5 +- 0.2      2.3 +- 0.7       1.3 +- 0.4
+    Muon       0.003    96.3 +- 0.1      1.5 +- 0         4.2 +- 2.8
+
+Tuned, all but plain SGD and Lion end within 0.3 points of each other; Muon needs the fewest epochs, with Nesterov, and
+the most time of all. Adam is no faster than momentum here. Seconds were taken beside other work.
 """
 
 from jaxcls import study
