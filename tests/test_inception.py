@@ -120,6 +120,7 @@ def test_all_heads_and_the_gradient_of_their_losses_equal_the_reference(pair):
     check_gradients(pair)
 
 
+@pytest.mark.slow
 def test_gradients_equal_the_reference_with_the_first_blocks_only(monkeypatch):
     kept = ('3a', '3b', '4a', '4d')  # 4b and 4c keep the number of channels
     rows = {name: inception.V1_BLOCKS[name] for name in kept}

@@ -221,8 +221,11 @@ def test_lenet_small_takes_8x8_images():
 
 @pytest.mark.parametrize(
     'kind',
-    # Inception v3 takes 14 s to compile; its gradients are compared in its own tests.
-    [pytest.param(k, marks=pytest.mark.slow) if k == 'inception_v3' else k for k in TINY],
+    # These take 10 s and more to compile; their gradients are compared in their own tests.
+    [
+        pytest.param(k, marks=pytest.mark.slow) if 'ception' in k or 'google' in k else k
+        for k in TINY
+    ],
 )
 def test_training_moves_every_parameter_and_only_training_moves_the_statistics(kind):
     model, variables = tiny(kind)
@@ -253,7 +256,9 @@ def test_every_kind_of_network_has_a_tiny_one():
     assert {type(make_model(name)) for name in MODELS} == {type(tiny(kind)[0]) for kind in TINY}
 
 
-@pytest.mark.parametrize('kind', TINY)
+@pytest.mark.parametrize(
+    'kind', [pytest.param(k, marks=pytest.mark.slow) if k == 'googlenet' else k for k in TINY]
+)
 def test_every_kind_of_network_runs_in_bfloat16_close_to_float32(kind):
     model, variables = tiny(kind)
     images = tiny_images(kind)

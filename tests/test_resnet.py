@@ -68,7 +68,7 @@ def test_where_the_branches_are_zero_a_plain_net_has_nothing_and_a_residual_one_
     images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
     for shortcut in ('none', 'pad'):
         model = make_model(
-            'resnet20', stage_sizes=(1, 1), num_filters=4, shortcut=shortcut,
+            'resnet20', stage_sizes=(1,), num_filters=4, shortcut=shortcut,
             norm='none', preactivation=preactivation,
         )  # fmt: skip
         variables = model.init(jax.random.key(0), images)

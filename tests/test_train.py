@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxcls import config as config_lib
-from jaxcls import evaluate, fit, pipeline, sharding, train, workdir
+from jaxcls import evaluate, fit, loop, pipeline, sharding, workdir
 from jaxcls import experiment as experiment_lib
 from jaxcls.errors import UserError
 
@@ -140,7 +140,7 @@ def test_non_finite_steps_in_a_row_stop_the_run_and_keep_the_checkpoint(tmp_path
 
 
 def test_mistakes_are_found_before_anything_is_compiled(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, '_make_advance', None)
+    monkeypatch.setattr(loop, 'make_advance', None)
     monkeypatch.setattr(sharding, 'make_mesh', lambda: sharding.Mesh(
         np.array(jax.devices()), ('data',)))  # fmt: skip
     for fields, message in (
@@ -167,7 +167,7 @@ def test_events_fall_due_to_the_end_of_the_run(examples, batch_size, epochs, eve
     config = small(epochs=float(epochs), batch_size=batch_size, validate_every_epochs=every)
     experiment = experiment_lib.build(experiment_lib.resolve(config), (8, 8, 1), 10, examples)
     feed = pipeline.Feed((), None, None)
-    events = train._Events.of(experiment, feed)
+    events = loop.Events.of(experiment, feed)
     assert len(events.validate) == count and experiment.total_steps in events.validate
     steps = sorted(events.validate)
     gaps = set(np.diff(steps).tolist())

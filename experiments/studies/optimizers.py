@@ -23,8 +23,8 @@ Measured (MNIST, an MLP, 5 epochs of 10,000 images, 3 seeds):
     Lion       0.001    95.5 +- 0.2      2.3 +- 0.7       1.3 +- 0.4
     Muon       0.003    96.3 +- 0.1      1.5 +- 0         4.2 +- 2.8
 
-Tuned, all but plain SGD and Lion end within 0.3 points of each other; Muon needs the fewest epochs, with Nesterov, and
-the most time of all. Adam is no faster than momentum here. Seconds were taken beside other work.
+Tuned, all but plain SGD and Lion end within 0.3 points of each other; Muon and Nesterov need the fewest
+epochs, and Muon the most time. Adam is no faster than momentum here. Seconds were taken beside other work.
 """
 
 from jaxcls import study

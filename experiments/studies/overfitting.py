@@ -12,8 +12,19 @@ is the training accuracy, of clean images without dropout, less the test accurac
 same at every width and were not tuned. Digits (300 images) and MNIST (1,000): MLPs of two hidden
 layers; CIFAR-10 (5,000): ResNet-20s with that many channels in the first stage.
 
-Hardware: 2 CPU cores. Time: TIME.
-ANSWER
+Hardware: 2 CPU cores. Time: 60 runs, 9 minutes beside other work.
+Measured (MNIST, 1,000 training images, 3 seeds): test accuracy, and the gap at width 512
+
+    width                    8            32           128           512           gap
+    none              83.2 +- 4.2   89.2 +- 0.4   90.5 +- 0.4   91.2 +- 0.6    8.8 +- 0.6
+    weight decay      83.7 +- 3.5   89.3 +- 0.4   90.9 +- 0.1   91.7 +- 0.2    8.4 +- 0.2
+    dropout           61.1 +- 21    87.9 +- 0.6   90.9 +- 0.5   91.2 +- 2.1    8.8 +- 2.1
+    augmentation      81.2 +- 3.1   90.5 +- 1.6   93.8 +- 0.4   93.3 +- 3.0    5.5 +- 1.5
+    early stopping    83.1 +- 4.2   88.9 +- 0.2   90.3 +- 0.4   91.0 +- 0.4    9.0 +- 0.4
+
+Against the textbook, the larger network does not overfit more: from width 32 on all have the training
+images by heart, and test error still falls with width, the gap too. Augmentation alone closes the gap;
+weight decay gives half a point, dropout and early stopping nothing; dropout ruins the narrowest.
 """
 
 import functools
