@@ -5,9 +5,8 @@ a baseline leaves are its predictions of the validation split.
 """
 
 import contextlib
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxcls import config as config_lib
-from jaxcls import evaluation, losses, metrics, pipeline, registry, results
+from jaxcls import evaluation, loop, losses, metrics, pipeline, registry, results
 from jaxcls import experiment as experiment_lib
 from jaxcls import predictions as predictions_lib
 from jaxcls import workdir as workdir_lib
@@ -32,11 +31,9 @@ _TRAINING_SCORED = 2_000
 _CHUNK = 2_000
 _TINY = 1e-30
 
-OnEvent = Callable[[dict[str, Any]], None]
-
 
 def fit(
-    config: ConfigDict, workdir: str | Path, on_event: OnEvent = lambda event: None
+    config: ConfigDict, workdir: str | Path, on_event: loop.OnEvent = lambda event: None
 ) -> results.Result:
     """Fits a baseline in a directory and scores it; one that has ended there is left as it is.
 
@@ -57,9 +54,8 @@ def fit(
     workdir_lib.check(workdir, config)
     if jax.process_count() > 1:
         raise UserError(f'{config.model.name} runs in one process; start it on one host.')
-    train, validation = experiment_lib.load_splits(config)
-    readers = [experiment_lib.make_reader(config, s, train=False) for s in (train, validation)]
-    data = experiment_lib.describe_data(config, readers[0], validation)
+    reader, validation, data = experiment_lib.open_data(config, train=False)
+    readers = [reader, experiment_lib.make_reader(config, validation, train=False)]
     with workdir_lib.locked(workdir):
         workdir_lib.start(workdir, config, data)
         records = workdir_lib.read_metrics(workdir)
@@ -96,7 +92,7 @@ def make_baseline(config: ConfigDict) -> Baseline:
 
 
 def _fit_and_score(
-    config: ConfigDict, baseline: Baseline, readers: list[pipeline.Reader], on_event: OnEvent
+    config: ConfigDict, baseline: Baseline, readers: list[pipeline.Reader], on_event: loop.OnEvent
 ) -> tuple[list[dict[str, Any]], predictions_lib.Predictions]:
     """The two records and the predictions of the validation split."""
     (images, label), validation = map(pipeline.load_arrays, readers)
@@ -120,11 +116,19 @@ def _fit_and_score(
         ]
         sums = _train_sums(np.concatenate(scores), label[chosen])
         idle = {'learning_rate': 0.0, 'bad_steps': 0}
-        records = [{'kind': 'train', **place(), **_summary(sums), **idle, **speed}]
+        records = [
+            {'kind': 'train', **place(), **loop.finite(metrics.summarize(sums)), **idle, **speed}
+        ]
         on_event(records[0])
         logits = predict(estimator, validation[0], classes, baseline.votes)
     predictions = predictions_lib.Predictions(logits, np.asarray(validation[1], np.int32))
-    records += [{'kind': 'validation', **place(), **_summary(_validation_sums(*predictions))}]
+    records += [
+        {
+            'kind': 'validation',
+            **place(),
+            **loop.finite(metrics.summarize(_validation_sums(*predictions))),
+        }
+    ]
     on_event(records[1])
     return records, predictions
 
@@ -154,12 +158,6 @@ def _train_sums(logits: jax.Array, label: jax.Array) -> metrics.Sums:
 def _validation_sums(logits: jax.Array, label: jax.Array) -> metrics.Sums:
     mask = jnp.ones(len(label), bool)
     return evaluation.batch_sums(losses.cross_entropy, logits, label, mask)
-
-
-def _summary(sums: metrics.Sums) -> dict[str, float | None]:
-    """None, which JSON has, for NaN, which it has not."""
-    summary = metrics.summarize(sums)
-    return {key: value if math.isfinite(value) else None for key, value in summary.items()}
 
 
 def predict(estimator: Any, images: np.ndarray, num_classes: int, votes: int = 0) -> np.ndarray:

@@ -105,21 +105,32 @@ def load_file(path: str | Path) -> ConfigDict:
             f'No config file {str(path)!r}; --config takes the path of an experiment. '
             f'{registry.did_you_mean(str(path), others)}'
         )
-    spec = importlib.util.spec_from_file_location(f'jaxcls_experiment_{path.stem}', path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    except Exception as error:  # whatever the user's code raises
-        raise UserError(
-            f'{path} failed: {type(error).__name__}: {error}. Mend the file.'
-        ) from error
+    config = run_file(path, 'get_config')
     if not isinstance(config, ConfigDict):
         raise UserError(
             f'{path}: get_config() returned {type(config).__name__}, not a ConfigDict. '
             'Start from jaxcls.config.get_config().'
         )
     return config
+
+
+def run_file(path: Path, function: str, *args) -> Any:
+    """What a function of a user's Python file returns. The file is run.
+
+    Raises:
+      UserError: that of the file, or one about any other error in it.
+    """
+    spec = importlib.util.spec_from_file_location(f'jaxcls_file_{path.stem}', path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return getattr(module, function)(*args)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        raise UserError(
+            f'{path} failed: {type(error).__name__}: {error}. Mend the file.'
+        ) from error
 
 
 def apply_overrides(config: ConfigDict, overrides: Iterable[tuple[str, str]], tables: Tables):

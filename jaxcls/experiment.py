@@ -113,7 +113,7 @@ def load_split(config: ConfigDict, split: str) -> datasets.Split:
     return loaded
 
 
-def load_splits(config: ConfigDict) -> tuple[datasets.Split, datasets.Split]:
+def _load_splits(config: ConfigDict) -> tuple[datasets.Split, datasets.Split]:
     """The training and the validation split.
 
     Raises:
@@ -130,7 +130,29 @@ def load_splits(config: ConfigDict) -> tuple[datasets.Split, datasets.Split]:
     return train, validation
 
 
-def describe_data(
+class OpenedData(NamedTuple):
+    """The reader of a run's training split, its validation split, and what it keeps about both."""
+
+    reader: pipeline.Reader
+    validation: datasets.Split
+    description: dict[str, Any]
+
+
+def open_data(config: ConfigDict, train: bool = True) -> OpenedData:
+    """Opens both splits.
+
+    Args:
+      train: the training images are cropped at random, where the config says so.
+
+    Raises:
+      UserError: a split that is not there, or different classes.
+    """
+    training, validation = _load_splits(config)
+    reader = make_reader(config, training, train)
+    return OpenedData(reader, validation, _describe_data(config, reader, validation))
+
+
+def _describe_data(
     config: ConfigDict, reader: pipeline.Reader, validation: datasets.Split
 ) -> dict[str, Any]:
     """What a run keeps about its data: class names, image shape, sizes of its splits."""
@@ -146,7 +168,7 @@ def describe_data(
 
 
 def build_for(config: ConfigDict, data: Mapping[str, Any]) -> Experiment:
-    """`build` for the data that `describe_data` describes."""
+    """`build` for data as `open_data` describes them, and a run's data.json."""
     return build(
         config,
         tuple(data['image_shape']),

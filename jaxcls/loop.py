@@ -177,7 +177,7 @@ def train_record(
     return {
         'kind': 'train',
         **_place(experiment, step, clock),
-        **_finite(metrics.summarize(totals)),
+        **finite(metrics.summarize(totals)),
         'learning_rate': float(experiment.learning_rate(max(step - 1 - skipped, 0))),
         'bad_steps': bad_steps,
         'images_per_second': round(int(totals['examples']) / seconds, 1),
@@ -188,7 +188,7 @@ def validation_record(
     experiment: experiment_lib.Experiment, step: int, clock: Clock, summary: dict[str, float]
 ) -> dict[str, Any]:
     """The log line of a validation."""
-    return {'kind': 'validation', **_place(experiment, step, clock), **_finite(summary)}
+    return {'kind': 'validation', **_place(experiment, step, clock), **finite(summary)}
 
 
 def _place(experiment, step: int, clock: Clock) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def _place(experiment, step: int, clock: Clock) -> dict[str, Any]:
     return {'step': step, 'epoch': round(epoch, 4), 'seconds': round(clock.seconds(), 3)}
 
 
-def _finite(summary: dict[str, float]) -> dict[str, float | None]:
+def finite(summary: dict[str, float]) -> dict[str, float | None]:
     """None, which JSON has, for NaN and infinity, which it has not."""
     return {key: value if math.isfinite(value) else None for key, value in summary.items()}
 

@@ -95,13 +95,11 @@ def fit_together(
     configs = [config for config, _ in members]
     config, mesh = configs[0], sharding.make_mesh()
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
-    training, validation = experiment_lib.load_splits(config)
-    reader = experiment_lib.make_reader(config, training, train=True)
+    reader, validation, data = experiment_lib.open_data(config)
     if pipeline.choose('auto', reader, train=True) != 'resident':
         raise UserError(
             'The split is too large to lie on the device; set config.seeds_per_program=1.'
         )
-    data = experiment_lib.describe_data(config, reader, validation)
     experiment = experiment_lib.build_for(config, data)
     like = _stack_shapes(experiment_lib.abstract_checkpoint(experiment, mesh), len(members))
     directory = workdir / f'seeds-{configs[0].seed}-{configs[-1].seed}'
@@ -120,7 +118,7 @@ def fit_together(
         step = restored.step if restored else 0
         histories = [workdir_lib.rewind_metrics(place, step) for _, place in members]
         order = functools.partial(
-            _orders, [c.seed for c in configs], len(training.source), config.batch_size
+            _orders, [c.seed for c in configs], experiment.examples, config.batch_size
         )
         feed = pipeline.resident(reader, order, mesh)
         many = _Many(

@@ -4,7 +4,6 @@ A study file has `get_study(data) -> Study`. `run` trains every combination of t
 as a sweep, and writes the answer as study.json, report.html and pictures.
 """
 
-import importlib.util
 import itertools
 import math
 import time
@@ -107,15 +106,7 @@ def load(name: str, data: str) -> Study:
             f'No study {name!r}. {registry.did_you_mean(name, known)} Run it where '
             f'{folder} is, or give the path of a file.'
         )
-    spec = importlib.util.spec_from_file_location(f'jaxcls_study_{path.stem}', path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        return module.get_study(data)
-    except UserError:
-        raise
-    except Exception as error:  # whatever the file's code raises
-        raise UserError(f'{path} failed: {type(error).__name__}: {error}. Mend it.') from error
+    return config_lib.run_file(path, 'get_study', data)
 
 
 def settings(study: Study) -> list[tuple[dict[str, str], sweep.Setting]]:

@@ -78,9 +78,7 @@ def fit(
     workdir_lib.check(workdir, config)
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
-    train, validation = experiment_lib.load_splits(config)
-    reader = experiment_lib.make_reader(config, train, train=True)
-    data = experiment_lib.describe_data(config, reader, validation)
+    reader, validation, data = experiment_lib.open_data(config)
     experiment = experiment_lib.build_for(config, data)
     like = experiment_lib.abstract_checkpoint(experiment, mesh)  # traces the whole step
     start = None
