@@ -1,5 +1,6 @@
 """The commands of the command line: arguments, and what each runs and prints."""
 
+import functools
 import json
 import math
 import os
@@ -187,17 +188,26 @@ def _start():
         jax.config.update('jax_compilation_cache_dir', str(Path(cache) / 'programs'))
 
 
-def _load_config(args):
+def _load_config(args, more=()):
+    """The config of --config and its fields on the command line, and `more` overrides."""
     from jaxcls import config as config_lib
     from jaxcls import experiment
 
     config = config_lib.load_file(args.config) if args.config else config_lib.get_config()
-    config_lib.apply_overrides(config, args.overrides, experiment.TABLES)
+    config_lib.apply_overrides(config, [*args.overrides, *more], experiment.TABLES)
     return experiment.resolve(config)
 
 
 def _print_json(value):
     print(json.dumps(_json_numbers(value), allow_nan=False))
+
+
+def _print(args, value, text):
+    """A result as `text` makes it, or with --json as it is."""
+    if args.json:
+        _print_json(value)
+    else:
+        print(text(value))
 
 
 def _json_numbers(value):
@@ -231,13 +241,14 @@ def _run_train(args) -> int:
         return 0
     if outcome.stopped in sweep.SIGNALS:
         return _stopped(outcome.stopped)
-    for message in sweep.divergences(outcome):
+    diverged = sweep.divergences(outcome)
+    for message in diverged:
         print(f'jaxcls: {message}', file=sys.stderr)
     if config.seeds == 1 and outcome.group.members[0].result:
         out.print(console.result_table(outcome.group.members[0]))
     elif config.seeds > 1:
         print(page.text(sweep.seeds_table(outcome)))
-    return 2 if sweep.divergences(outcome) else 0
+    return 2 if diverged else 0
 
 
 def _stopped(name: str) -> int:
@@ -258,12 +269,7 @@ def _run_sweep(args) -> int:
         raise UserError(
             'A sweep needs settings: --grid learning_rate=0.1,0.01 or --setting "FIELD=VALUE ...".'
         )
-    given = args.overrides
-
-    def load(overrides):
-        args.overrides = [*given, *overrides]
-        return _load_config(args)
-
+    load = functools.partial(_load_config, args)
     settings = sweep.settings(load, args.grid, args.setting)
     directory = args.workdir or Path('runs') / f'sweep-{Path(args.config or "lenet_digits").stem}'
     if args.list:
@@ -280,10 +286,7 @@ def _run_sweep(args) -> int:
     if stopped:
         return _stopped(stopped)
     section = sweep.table(outcomes)
-    if args.json:
-        _print_json(section)
-    else:
-        print(page.text(section))
+    _print(args, section, page.text)
     return 0
 
 
@@ -312,7 +315,10 @@ def _run_study(args) -> int:
     directory = args.workdir or Path('runs') / 'studies' / f'{Path(args.name).stem}-{args.data}'
     out = Console()
     out.print(loaded.question, markup=False, highlight=False)
-    sections = study.run(loaded, directory, console.SweepReporter(out))
+    try:
+        sections = study.run(loaded, directory, console.SweepReporter(out))
+    except study.Stopped as stopped:
+        return _stopped(str(stopped))
     for section in sections:
         if section['kind'] == 'table':
             print(page.text(section))
@@ -327,11 +333,7 @@ def _run_lr_find(args) -> int:
 
     result = lr_find.lr_find(config, low=args.low, high=args.high, steps=args.steps)
     lr_find.write(result, args.picture)
-    if args.json:
-        _print_json(result)
-    else:
-        print(lr_find.text(result))
-        print(f'picture: {args.picture}')
+    _print(args, result, lambda result: f'{lr_find.text(result)}\npicture: {args.picture}')
     return 0
 
 
@@ -348,10 +350,7 @@ def _run_compare(args) -> int:
     from jaxcls.report import compare
 
     groups = compare.read(args.workdirs)
-    if args.json:
-        _print_json(compare.as_json(groups))
-    else:
-        print(compare.text(groups))
+    _print(args, compare.as_json(groups), lambda _: compare.text(groups))
     return 0
 
 
@@ -432,10 +431,7 @@ def _run_summary(args) -> int:
     from jaxcls import inspection
 
     summary = inspection.summarize(config)
-    if args.json:
-        _print_json(summary)
-    else:
-        print(inspection.summary_text(summary))
+    _print(args, summary, inspection.summary_text)
     return 0
 
 
@@ -447,10 +443,7 @@ def _run_data(args) -> int:
     from jaxcls import inspection
 
     description = inspection.describe_data(config, args.sheet, args.samples)
-    if args.json:
-        _print_json(description)
-    else:
-        print(inspection.data_text(description))
+    _print(args, description, inspection.data_text)
     return 0
 
 
@@ -476,13 +469,14 @@ def _run_export(args) -> int:
     from jaxcls import transfer
 
     result = transfer.export_weights(args.workdir, args.file, args.names, args.checkpoint)
-    if args.json:
-        _print_json(result)
-    else:
-        print(
+    _print(
+        args,
+        result,
+        lambda result: (
             f'{result["path"]}: {result["arrays"]} arrays of {result["model"]}, '
             f'{result["parameters"]:,} parameters, in the names of {result["scheme"]}'
-        )
+        ),
+    )
     return 0
 
 

@@ -12,6 +12,11 @@ from rich.table import Table
 from jaxcls import results
 
 
+def print_line(console: Console, text: str):
+    """One line, as it is."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 class Reporter:
     """`fit`'s `on_event`: prints to standard output as the run goes."""
 
@@ -136,7 +141,7 @@ class Reporter:
 
     def print(self, text: str):
         """One line, as it is."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        print_line(self.console, text)
 
     def close(self):
         """Takes the live line away."""
@@ -154,13 +159,9 @@ class SweepReporter:
         if jax.process_index():
             return
         if event['kind'] == 'setting':
-            self.print(f'[{event["number"]}/{event["count"]}] {event["name"]}')
+            print_line(self.console, f'[{event["number"]}/{event["count"]}] {event["name"]}')
         elif event['kind'] == 'row':
-            self.print(f'  {event["text"]}')
-
-    def print(self, text: str):
-        """One line, as it is."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            print_line(self.console, f'  {event["text"]}')
 
 
 def describe_devices(mesh) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxcls import datasets, intervals, metrics, results, runs, sharding
 from jaxcls import experiment as experiment_lib
 from jaxcls import predictions as predictions_lib
+from jaxcls import tta as tta_lib
 from jaxcls import workdir as workdir_lib
 from jaxcls.errors import UserError
 
@@ -109,12 +110,12 @@ def evaluate(
     Raises:
       UserError: no run, no checkpoint or no such split.
     """
-    group = workdir_lib.read_config(Path(workdir))
-    if group.seeds > 1:
+    config = workdir_lib.read_config(Path(workdir))
+    if config.seeds > 1:
         places = [member.workdir for member in results.read(workdir).members]
         found = [evaluate(place, split, checkpoint, tta) for place in places]
         return {'split': found[0]['split'], 'members': found, 'mean': results.means(found)}
-    if experiment_lib.is_baseline(workdir_lib.read_config(Path(workdir))):
+    if experiment_lib.is_baseline(config):
         return _evaluate_baseline(Path(workdir), split)
     return evaluate_run(runs.open_run(workdir, checkpoint), split, tta)
 
@@ -151,8 +152,6 @@ def evaluate_run(run: runs.Run, split: str = '', tta: str = 'none') -> dict[str,
             f'The classes of {split} are {_listed(loaded.class_names)}; the run was trained on '
             f'{_listed(run.class_names)}. Restore the data set, or evaluate a run of this one.'
         )
-    from jaxcls import tta as tta_lib
-
     predict = tta_lib.make_predict(run.experiment, tta)
     evaluated = make_evaluator(run.experiment, loaded, run.mesh, predict)(run.variables)
     sums = jax.device_get(evaluated.sums)

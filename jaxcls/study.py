@@ -56,7 +56,7 @@ class Study(NamedTuple):
       axes: for each axis, its labels and what each sets, by dotted field: `{'loss': {'focal': {'loss':
         {'name': 'focal'}}, ...}, 'layers': {'2': {'model.hidden': (64, 64)}, ...}}`. Labels that are
         numbers make a numeric axis. A section, or `augment`, is set whole.
-      measures: by name; the first is the one that `tune` maximises, as 'top1', and rankings go by.
+      measures: by name.
       tune: a field and the values to choose from for each setting, by the accuracy on `tune_split`
         with one seed: `{'learning_rate': (0.1, 0.01)}`; or the values for each label of an axis,
         `{'learning_rate': {'SGD': (0.1, 0.01), 'Adam': (0.001,)}}`.
@@ -74,6 +74,10 @@ class Study(NamedTuple):
     tune_split: str = ''
     log_x: bool = False
     against: Sequence[str] = ()
+
+
+class Stopped(Exception):
+    """A signal has stopped the runs, of which all are saved; its name is the message."""
 
 
 class Row(NamedTuple):
@@ -147,7 +151,7 @@ def run(
 
     Raises:
       UserError: a mistake in a config, found before the first run.
-      KeyboardInterrupt: stopped by a signal, after saving.
+      Stopped: by a signal, after saving.
     """
     workdir, begin = Path(workdir), time.perf_counter()
     todo, rows = settings(study), []
@@ -158,7 +162,7 @@ def run(
             config, workdir / 'runs' / sweep.directory_name(setting.name), on_event
         )
         if outcome.stopped in sweep.SIGNALS:
-            raise KeyboardInterrupt
+            raise Stopped(outcome.stopped)
         rows.append(_measure(study, labels, tuned, outcome.group))
         on_event({'kind': 'row', 'text': _row_text(study, rows[-1])})
     sections = answer(study, rows)
@@ -186,7 +190,7 @@ def _tune(study: Study, labels, setting: sweep.Setting, workdir: Path, on_event)
         name = sweep.directory_name(f'{setting.name}, {label}')
         outcome = sweep.fit_seeds(config, workdir / name, on_event)
         if outcome.stopped in sweep.SIGNALS:
-            raise KeyboardInterrupt
+            raise Stopped(outcome.stopped)
         score = outcome.mean('top1')[0]
         scores[values] = -math.inf if math.isnan(score) else score
     best = dict(zip(study.tune, max(scores, key=scores.get), strict=True))

@@ -78,11 +78,10 @@ def fit_seeds(
       UserError: as `train.fit`; or runs of another config are there.
     """
     workdir, config = Path(workdir), experiment_lib.resolve(config)
-    members = members_of(config, workdir)
+    members, size, stopped = members_of(config, workdir), seeds_lib.per_program(config), 'done'
     if config.seeds > 1:
         _claim(workdir, config)
     left = [member for member in members if not _is_over(*member)]
-    size, stopped = seeds_lib.per_program(config), 'done'
     if not left:
         on_event({'kind': 'complete', 'workdir': workdir})
     for start in range(0, len(left), size):
@@ -159,7 +158,7 @@ def settings(
       UserError: a text that is not written so, a mistake in a config, the same setting twice.
     """
     axes = [_parse_axis(text) for text in grid]
-    rows = [[_parse_pair(word) for word in shlex.split(text)] for text in listed] or [[]]
+    rows = [[_parse_pair(word) for word in _words(text)] for text in listed] or [[]]
     points = [[*row, *point] for row in rows for point in itertools.product(*axes)]
     names = [', '.join(f'{path}={value}' for path, value in point) or 'plain' for point in points]
     twice = next((name for name in names if names.count(name) > 1), '')
@@ -174,6 +173,15 @@ def _parse_axis(text: str) -> list[tuple[str, str]]:
     if not isinstance(items, list) or not items:
         raise UserError(f'--grid {text!r} has no values; write --grid {path}=VALUE,VALUE.')
     return [(path, str(item).strip()) for item in items]
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(
+            f'--setting {text!r} cannot be read: {error}. Write "FIELD=VALUE FIELD=VALUE".'
+        ) from None
 
 
 def _parse_pair(text: str) -> tuple[str, str]:
@@ -203,16 +211,16 @@ def run_member(
     Raises:
       UserError: no such member; as `train.fit`.
     """
-    every = members(settings)
-    if not 0 <= number < len(every):
-        raise UserError(f'Member {number} of a sweep of {len(every)}; give 0 to {len(every) - 1}.')
-    name, chosen = every[number]
-    setting = next(s for s in settings if s.name == name)
-    directory = Path(workdir) / directory_name(name)
+    owners = [(s, i) for s in settings for i in range(s.config.seeds)]
+    if not 0 <= number < len(owners):
+        raise UserError(
+            f'Member {number} of a sweep of {len(owners)}; give 0 to {len(owners) - 1}.'
+        )
+    setting, i = owners[number]
+    directory = Path(workdir) / directory_name(setting.name)
     if setting.config.seeds > 1:
         _claim(directory, setting.config)
-    pairs = members_of(setting.config, directory)
-    member = next(pair for pair in pairs if pair[0].seed == chosen.seed)
+    member = members_of(setting.config, directory)[i]
     return 'done' if _is_over(*member) else _fit([member], directory, on_event, math.inf)
 
 

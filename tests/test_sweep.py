@@ -150,6 +150,7 @@ def test_settings_are_listed_ones_times_the_grid():
         (['learnin_rate=0.1'], [], 'learning_rate'),
         ([], ['learning_rate=fast'], 'must be of type float'),
         ([], ['learning_rate=-1'], 'must be more than 0'),
+        ([], ['model.name="mlp'], 'No closing quotation'),
     ],
 )
 def test_mistakes_in_settings_are_user_errors(grid, listed, message):
