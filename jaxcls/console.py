@@ -99,7 +99,7 @@ class Reporter:
     def on_validation(self, event):
         """An epoch's line: validation, then training since the validation before."""
         seed = event.get('seed')  # of several in one program
-        mean = average([record for record in self.window if record.get('seed') == seed])
+        mean = results.average([record for record in self.window if record.get('seed') == seed])
         self.window = [record for record in self.window if record.get('seed') != seed]
         train = f'training {show(mean["loss"])} {show(mean["top1"], "%")}'
         self.print(f'{self.line(event)} validation  {train}  {self.speed(self.train)}')
@@ -177,16 +177,6 @@ def show(value: float | None, unit: str = '') -> str:
     return f'{value:.2%}' if unit == '%' else f'{value:.4f}'
 
 
-def average(records: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Loss and accuracy of training records, over all their examples."""
-    records = [record for record in records if record['loss'] is not None]
-    total = sum(record['examples'] for record in records)
-    return {
-        key: sum(r[key] * r['examples'] for r in records) / total if total else None
-        for key in ('loss', 'top1')
-    }
-
-
 def result_table(member: results.Member) -> Table:
     """The end of a run: accuracy with its interval, the gap, where the files are."""
     summary = member.result
@@ -200,8 +190,7 @@ def result_table(member: results.Member) -> Table:
         'macro F1, mean IoU': f'{summary["f1_macro"]:.4f}, {summary["iou_mean"]:.4f}',
         'validation loss': show(summary['loss']),
     }
-    train = member.of_kind('train')
-    last = average([r for r in train if r['epoch'] > summary['epoch'] - 1])
+    train, last = member.of_kind('train'), member.last_epoch()
     if last['top1'] is not None:
         rows['training, last epoch'] = f'loss {last["loss"]:.4f}, accuracy {last["top1"]:.2%}'
         rows['gap in accuracy'] = f'{last["top1"] - summary["top1"]:+.2%} training over validation'

@@ -37,6 +37,27 @@ class Result(NamedTuple):
     workdir: Path
 
 
+def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """The 'train' or the 'validation' records, in order."""
+    return [record for record in records if record['kind'] == kind]
+
+
+def average(records: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Loss and accuracy of training records, over all their examples; None without any."""
+    records = [record for record in records if record['loss'] is not None]
+    total = sum(record['examples'] for record in records)
+    return {
+        key: sum(r[key] * r['examples'] for r in records) / total if total else None
+        for key in ('loss', 'top1')
+    }
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """`intervals.mean_interval` of those that are not NaN; NaN for both where none is."""
+    known = [value for value in values if not math.isnan(value)]
+    return intervals.mean_interval(known) if known else (math.nan, math.nan)
+
+
 @dataclass(frozen=True)
 class Member:
     """A run of one seed.
@@ -68,7 +89,17 @@ class Member:
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         """The 'train' or the 'validation' records, in order."""
-        return [record for record in self.records if record['kind'] == kind]
+        return of_kind(self.records, kind)
+
+    def last_epoch(self) -> dict[str, float | None]:
+        """`average` of training in the last epoch, taken while it learnt."""
+        train = self.of_kind('train')
+        return average([r for r in train if r['epoch'] > train[-1]['epoch'] - 1])
+
+    def speed(self) -> float | None:
+        """Images a second in training: the median, which leaves out compilation and pauses."""
+        speeds = [r['images_per_second'] for r in self.of_kind('train') if 'images_per_second' in r]
+        return float(np.median(speeds)) if speeds else None
 
 
 @dataclass(frozen=True)
@@ -97,9 +128,7 @@ class Group:
 
         The half-width is infinite for one; both are NaN for none.
         """
-        values = self.values(key)
-        values = values[~np.isnan(values)]
-        return intervals.mean_interval(values) if len(values) else (math.nan, math.nan)
+        return mean_interval(self.values(key))
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """`{'mean', 'half_width', 'values'}` of each number of result.json."""
@@ -138,7 +167,7 @@ def write(
       records: of metrics.jsonl.
       cost: `parameters`, `flops` of one image, `peak_bytes`; as far as known.
     """
-    validations = [record for record in records if record['kind'] == 'validation']
+    validations = of_kind(records, 'validation')
     if not validations:
         raise UserError(f'{workdir}/metrics.jsonl has lost its records. Restore it from a copy.')
     summary = predictions_lib.summarize(predictions)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from jaxcls import config as config_lib
@@ -258,13 +257,20 @@ def _chart(study: Study, name: str, measure: Measure, rows: list[Row]) -> dict[s
         x = _number(row.labels[last]) if numeric else float(labels.index(row.labels[last]))
         grouped.setdefault(series, []).append((x, row.values[name]))
     style = 'line' if numeric else 'points'
+    drawn = [_series(series, points, style) for series, points in grouped.items()]
+    log, categories = study.log_x and numeric, None if numeric else labels
+    return _axes(name, name, measure, drawn, last, log, categories)
+
+
+def _axes(title, name, measure, series, x, log, categories=None) -> dict[str, Any]:
+    """A chart section: a measure by its name against x."""
     return {
         'kind': 'chart',
-        'title': name,
-        'x': {'label': last, 'log': study.log_x and numeric, 'categories': None if numeric else labels},
+        'title': title,
+        'x': {'label': x, 'log': log, 'categories': categories},
         'y': {'label': name, 'format': measure.format, 'log': measure.log_y},
-        'series': [_series(series, points, style) for series, points in grouped.items()],
-    }  # fmt: skip
+        'series': series,
+    }
 
 
 def _scatter(study: Study, against: str, rows: list[Row]) -> dict[str, Any]:
@@ -275,13 +281,8 @@ def _scatter(study: Study, against: str, rows: list[Row]) -> dict[str, Any]:
         for row in rows
         if len(xs := row.values[against]) and len(row.values[name])
     ]
-    return {
-        'kind': 'chart',
-        'title': f'{name} against {against}',
-        'x': {'label': against, 'log': study.measures[against].log_y, 'categories': None},
-        'y': {'label': name, 'format': measure.format, 'log': measure.log_y},
-        'series': series,
-    }
+    log = study.measures[against].log_y
+    return _axes(f'{name} against {against}', name, measure, series, against, log)
 
 
 def _number(label: str) -> float | None:
@@ -305,17 +306,9 @@ def _curve_charts(study: Study, name: str, measure: Measure, rows: list[Row]) ->
             for row in chosen
             if (points := row.values[name])
         ]
-        if not series:
-            continue
-        charts.append(
-            {
-                'kind': 'chart',
-                'title': f'{name}: {facet}' if facet else name,
-                'x': {'label': measure.x, 'log': measure.log_x, 'categories': None},
-                'y': {'label': name, 'format': measure.format, 'log': measure.log_y},
-                'series': series,
-            }
-        )
+        if series:
+            title = f'{name}: {facet}' if facet else name
+            charts.append(_axes(title, name, measure, series, measure.x, measure.log_x))
     return charts
 
 
@@ -398,6 +391,10 @@ _DATA = {
 }
 
 
+# The usual augmentation of CIFAR-10 (He 2015).
+CROP_AND_FLIP = [{'name': 'pad_crop', 'padding': 4}, {'name': 'flip'}]
+
+
 def base(data: str) -> ConfigDict:
     """The default run on the digits, 10,000 images of MNIST or 45,000 of CIFAR-10; `test` is untouched.
 
@@ -462,6 +459,14 @@ def first_reaching(top1: float, key: str, format: str) -> Measure:
 
 def median_speed() -> Measure:
     """Images a second in training."""
-    return Measure(
-        lambda m: float(np.median([r['images_per_second'] for r in m.of_kind('train')])), 'integer'
+    return Measure(results.Member.speed, 'integer')
+
+
+def training_seconds(member: results.Member, until_step: float = math.inf) -> float:
+    """Of the run up to a step, by the speed between two records: without compiling and validating."""
+    images = member.data['examples'][member.config.data.train]
+    records = [r for r in member.of_kind('train') if r['step'] <= until_step]
+    return math.fsum(
+        images * (record['epoch'] - last['epoch']) / record['images_per_second']
+        for last, record in itertools.pairwise([{'epoch': 0.0}, *records])
     )

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from jaxcls import config as config_lib
 from jaxcls import experiment as experiment_lib
-from jaxcls import intervals, loop, results, train
+from jaxcls import loop, results, train
 from jaxcls import seeds as seeds_lib
 from jaxcls import workdir as workdir_lib
 from jaxcls.errors import UserError
@@ -54,8 +54,7 @@ class Outcome(NamedTuple):
         alive = [member for member in self.group.members if not member.diverged]
         found = [member.of_kind('validation') for member in alive]
         values = [records[-1][key] for records in found if records]
-        finite = [value for value in values if value is not None]
-        return intervals.mean_interval(finite) if finite else (math.nan, math.nan)
+        return results.mean_interval([value for value in values if value is not None])
 
 
 def fit_seeds(

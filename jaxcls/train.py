@@ -177,13 +177,12 @@ def _train(run: _Run, restored, start, history, until_epoch):
     return state, history, stopped, evaluated
 
 
-def _validations(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [record for record in history if record['kind'] == 'validation']
-
-
 def _gives_up(experiment: experiment_lib.Experiment, history: list[dict[str, Any]]) -> bool:
     """Whether the validation loss has had no new minimum for `early_stopping_epochs`."""
-    patience, validations = experiment.config.early_stopping_epochs, _validations(history)
+    patience, validations = (
+        experiment.config.early_stopping_epochs,
+        results.of_kind(history, 'validation'),
+    )
     if not (patience and validations):
         return False
     best = min(validations, key=lambda r: math.inf if r['loss'] is None else r['loss'])
@@ -192,7 +191,7 @@ def _gives_up(experiment: experiment_lib.Experiment, history: list[dict[str, Any
 
 def _is_best(history: list[dict[str, Any]]) -> bool:
     """Whether the last validation has the highest accuracy so far."""
-    *earlier, last = _validations(history)
+    *earlier, last = results.of_kind(history, 'validation')
     return all(record['top1'] < last['top1'] for record in earlier)
 
 
@@ -231,7 +230,7 @@ def _save(run: _Run, step: int, tree, history: list[dict[str, Any]]):
 def _finish(run: _Run, state, history, stopped: str, evaluated) -> results.Result:
     """Waits for the last checkpoint and, at the end of training, writes the result and the pictures."""
     run.checkpoints.wait()
-    validations = _validations(history)
+    validations = results.of_kind(history, 'validation')
     result = results.Result(
         validations[-1] if validations else {}, history, state, stopped, run.workdir
     )

@@ -1,18 +1,7 @@
 import numpy as np
 
+from fake_runs import RECORDS
 from jaxcls import pictures
-
-RECORDS = [
-    {
-        'kind': kind,
-        'step': epoch * 10,
-        'epoch': float(epoch),
-        'loss': loss / epoch,
-        'top1': 1 - loss / 4,
-    }
-    for epoch in (1, 2, 3)
-    for kind, loss in (('train', 1.0), ('validation', 2.0))
-]
 
 
 def test_curves_show_training_validation_and_the_gap():

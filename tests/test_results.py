@@ -4,22 +4,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fake_runs import RECORDS
 from jaxcls import config as config_lib
 from jaxcls import results
 from jaxcls.errors import UserError
 from jaxcls.predictions import Predictions
 
-RECORDS = [
-    {
-        'kind': kind,
-        'step': epoch * 10,
-        'epoch': float(epoch),
-        'loss': loss / epoch,
-        'top1': 1 - loss / 4,
-    }
-    for epoch in (1, 2, 3)
-    for kind, loss in (('train', 1.0), ('validation', 2.0))
-]
 NAMES = ['a $b_c$', '<b>', 'x' * 100]  # no text of the data is taken for markup
 PREDICTIONS = Predictions(
     np.float32([[3, 1, 0]] * 5 + [[0, 1, 0]] * 5), np.int32([0] * 5 + [0] + [1] * 4)

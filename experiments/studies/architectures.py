@@ -30,9 +30,6 @@ the ViT has hardly begun. The deep ones need more epochs than this, not more of 
 The two rates to choose from were set after a look at the first test accuracies.
 """
 
-import itertools
-import math
-
 from jaxcls import study
 
 BASELINES = {
@@ -90,16 +87,6 @@ CIFAR = {
 }
 
 
-def training_seconds(member):
-    """From the speed between two records, in which neither compilation nor validation counts."""
-    images = member.data['examples'][member.config.data.train]
-    records = [{'epoch': 0.0}, *member.of_kind('train')]
-    return math.fsum(
-        images * (record['epoch'] - last['epoch']) / record['images_per_second']
-        for last, record in itertools.pairwise(records)
-    )
-
-
 def get_study(data='mnist'):
     config = study.base(data)
     networks = {'digits': DIGITS, 'mnist': MNIST, 'cifar10': CIFAR}[data]
@@ -107,7 +94,7 @@ def get_study(data='mnist'):
     config.warmup_epochs = config.epochs / 20
     config.batch_size = {'digits': 32, 'mnist': 16, 'cifar10': 128}[data]
     if data == 'cifar10':
-        config.augment = [{'name': 'pad_crop', 'padding': 4}, {'name': 'flip'}]
+        config.augment = study.CROP_AND_FLIP
     return study.Study(
         question='At equal epochs, what accuracy does each architecture reach for its parameters, its '
         'FLOPs and its time?',
@@ -119,7 +106,7 @@ def get_study(data='mnist'):
             'test accuracy': study.accuracy(),
             'parameters': study.result('parameters', 'integer', log_y=True),
             'FLOPs of an image': study.result('flops', 'integer', log_y=True),
-            'training seconds': study.Measure(training_seconds, 'seconds', log_y=True),
+            'training seconds': study.Measure(study.training_seconds, 'seconds', log_y=True),
         },
         tune={'learning_rate': (0.002, 0.006)},
         tune_split=study.tune_split(data),

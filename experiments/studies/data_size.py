@@ -39,7 +39,7 @@ def networks(data):
     if data == 'cifar10':
         resnet = {
             'model': {'name': 'resnet20'},
-            'augment': [{'name': 'pad_crop', 'padding': 4}, {'name': 'flip'}],
+            'augment': study.CROP_AND_FLIP,
         }
         return {'MLP': {'model': {'name': 'mlp'}}, 'ResNet-20': resnet}
     name = 'lenet_small' if data == 'digits' else 'lenet5'

@@ -67,7 +67,7 @@ def resnets(config):
     config.epochs = 30.0
     config.batch_size = 128
     config.model = {'name': 'resnet20'}
-    config.augment = [{'name': 'pad_crop', 'padding': 4}, {'name': 'flip'}]
+    config.augment = study.CROP_AND_FLIP
     config.optimizer = {'name': 'sgd', 'momentum': 0.9}
     config.learning_rate = 0.1
     config.warmup_epochs = 1.0

@@ -65,7 +65,7 @@ def get_study(data='mnist'):
         'cifar10': {
             'ResNet-20': {
                 'model': {'name': 'resnet20'},
-                'augment': [{'name': 'pad_crop', 'padding': 4}, {'name': 'flip'}],
+                'augment': study.CROP_AND_FLIP,
             }
         },
     }[data]

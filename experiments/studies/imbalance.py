@@ -50,7 +50,7 @@ def get_study(data='mnist'):
     if data == 'cifar10':
         config.batch_size = 128
         config.model = {'name': 'resnet20'}
-        config.augment = [{'name': 'pad_crop', 'padding': 4}, {'name': 'flip'}]
+        config.augment = study.CROP_AND_FLIP
     return study.Study(
         question='With a long tail of rare classes, which loss has the best F1 of the rare classes, '
         'and what does it cost the others?',

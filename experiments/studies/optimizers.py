@@ -51,14 +51,7 @@ def training_seconds(target):
 
     def of(member):
         steps = [r['step'] for r in member.of_kind('validation') if (r['top1'] or 0) >= target]
-        if not steps:
-            return None
-        seconds, before, batch = 0.0, 0, member.config.batch_size
-        for record in member.of_kind('train'):
-            if record['step'] <= steps[0]:
-                seconds += (record['step'] - before) * batch / record['images_per_second']
-                before = record['step']
-        return seconds
+        return study.training_seconds(member, steps[0]) if steps else None
 
     return study.Measure(of, 'seconds')
 
@@ -71,7 +64,7 @@ def get_study(data='mnist'):
     config.model = {'name': 'mlp', 'hidden': (256, 128)}
     if data == 'cifar10':
         config.model = {'name': 'resnet20'}
-        config.augment = [{'name': 'pad_crop', 'padding': 4}, {'name': 'flip'}]
+        config.augment = study.CROP_AND_FLIP
     target = TARGETS[data]
     return study.Study(
         question='Each at its best learning rate, how fast and how far do the optimisers learn?',

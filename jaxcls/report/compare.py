@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from jaxcls import config as config_lib
 from jaxcls import intervals, results
 from jaxcls.errors import UserError
@@ -54,21 +52,12 @@ def _tail(path: Path, depth: int) -> str:
 
 def training_accuracy(member: Member) -> float | None:
     """The mean over the images of the last epoch, taken while it learnt; None without records."""
-    records = [r for r in member.of_kind('train') if r.get('top1') is not None]
-    last = [r for r in records if r['epoch'] > records[-1]['epoch'] - 1]
-    examples = sum(r['examples'] for r in last)
-    return sum(r['top1'] * r['examples'] for r in last) / examples if examples else None
+    return member.last_epoch()['top1']
 
 
 def _gap(member: Member) -> float | None:
     accuracy, top1 = training_accuracy(member), member.result.get('top1')
     return None if accuracy is None or top1 is None else accuracy - top1
-
-
-def _speed(member: Member) -> float | None:
-    """The median, which leaves out compilation and pauses."""
-    speeds = [r['images_per_second'] for r in member.of_kind('train') if 'images_per_second' in r]
-    return float(np.median(speeds)) if speeds else None
 
 
 _METRICS = (
@@ -88,7 +77,7 @@ _COSTS = (
     _Column('FLOPs an image', 'number', 'flops'),
     _Column('epochs', 'number', 'epoch'),
     _Column('time', 'seconds', 'seconds'),
-    _Column('training images/s', 'integer', _speed),
+    _Column('training images/s', 'integer', Member.speed),
     _Column('peak memory', 'bytes', 'peak_bytes'),
 )
 
