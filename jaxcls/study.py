@@ -6,7 +6,6 @@ as a sweep, and writes the answer as study.json, report.html and pictures.
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,13 +81,15 @@ class Stopped(Exception):
 class Row(NamedTuple):
     """A setting, measured: label of each axis, what was tuned, values of each measure over the seeds.
 
-    The values of a single number are a list; those of a curve {x: list}.
+    The values of a single number are a list; those of a curve {x: list}. `seconds` are of all its runs
+    together, whenever they were trained.
     """
 
     labels: dict[str, str]
     tuned: dict[str, Any]
     values: dict[str, Any]
     seeds: int
+    seconds: float
 
 
 def load(name: str, data: str) -> Study:
@@ -152,8 +153,7 @@ def run(
       UserError: a mistake in a config, found before the first run.
       Stopped: by a signal, after saving.
     """
-    workdir, begin = Path(workdir), time.perf_counter()
-    todo, rows = settings(study), []
+    workdir, todo, rows = Path(workdir), settings(study), []
     for i, (labels, setting) in enumerate(todo):
         on_event({'kind': 'setting', 'name': setting.name, 'number': i + 1, 'count': len(todo)})
         config, tuned = _tune(study, labels, setting, workdir / 'tuning', on_event)
@@ -165,7 +165,7 @@ def run(
         rows.append(_measure(study, labels, tuned, outcome.group))
         on_event({'kind': 'row', 'text': _row_text(study, rows[-1])})
     sections = answer(study, rows)
-    _write(study, sections, rows, workdir, time.perf_counter() - begin)
+    _write(study, sections, rows, workdir)
     return sections
 
 
@@ -212,7 +212,8 @@ def _measure(study: Study, labels, tuned, group: results.Group) -> Row:
             values[name] = {x: [curve[x] for curve in found if x in curve] for x in keys}
         else:
             values[name] = [value for value in found if value is not None]
-    return Row(labels, tuned, values, len(alive))
+    seconds = math.fsum(member.records[-1]['seconds'] for member in alive)
+    return Row(labels, tuned, values, len(alive), seconds)
 
 
 def answer(study: Study, rows: list[Row]) -> list[dict[str, Any]]:
@@ -347,12 +348,12 @@ def _row_text(study: Study, row: Row) -> str:
     return '  '.join(parts)
 
 
-def _write(study: Study, sections, rows: list[Row], workdir: Path, seconds: float):
+def _write(study: Study, sections, rows: list[Row], workdir: Path):
     """study.json, report.html and a picture of each chart."""
-    data = study.config.data
+    data, seconds = study.config.data, math.fsum(row.seconds for row in rows)
     subtitle = (
         f'{data.name}, {data.train}; {study.config.seeds} seeds a setting; '
-        f'{sum(row.seeds for row in rows)} runs in {seconds / 60:.1f} minutes.'
+        f'{sum(row.seeds for row in rows)} runs of {seconds / 60:.1f} minutes together.'
     )
     workdir_lib.write_json(
         workdir / 'study.json',
