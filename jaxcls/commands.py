@@ -241,9 +241,7 @@ def _run_train(args) -> int:
         return 0
     if outcome.stopped in sweep.SIGNALS:
         return _stopped(outcome.stopped)
-    diverged = sweep.divergences(outcome)
-    for message in diverged:
-        print(f'jaxcls: {message}', file=sys.stderr)
+    diverged = _print_diverged([outcome])
     if config.seeds == 1 and outcome.group.members[0].result:
         out.print(console.result_table(outcome.group.members[0]))
     elif config.seeds > 1:
@@ -251,11 +249,19 @@ def _run_train(args) -> int:
     return 2 if diverged else 0
 
 
-def _stopped(name: str) -> int:
+def _print_diverged(outcomes) -> bool:
+    """Says which runs were given up, and whether any was."""
+    messages = [message for outcome in outcomes for message in outcome.diverged()]
+    for message in messages:
+        print(f'jaxcls: {message}', file=sys.stderr)
+    return bool(messages)
+
+
+def _stopped(name: str, file=None) -> int:
     """After a signal: says how to go on."""
-    print(f'Stopped by {name}; all steps are saved. To go on, run:')
     program = 'jaxcls' if Path(sys.argv[0]).stem == 'jaxcls' else 'python -m jaxcls.main'
-    print(f'  {program} {shlex.join(sys.argv[1:])}')
+    print(f'Stopped by {name}; all steps are saved. To go on, run:', file=file)
+    print(f'  {program} {shlex.join(sys.argv[1:])}', file=file)
     return 128 + signal.Signals[name]
 
 
@@ -273,9 +279,15 @@ def _run_sweep(args) -> int:
     settings = sweep.settings(load, args.grid, args.setting)
     directory = args.workdir or Path('runs') / f'sweep-{Path(args.config or "lenet_digits").stem}'
     if args.list:
-        for i, (name, config) in enumerate(sweep.members(settings)):
-            print(f'{i:>4}  {name}, seed {config.seed}')
+        rows = [
+            {'member': i, 'setting': name, 'seed': config.seed}
+            for i, (name, config) in enumerate(sweep.members(settings))
+        ]
+        lines = [f'{row["member"]:>4}  {row["setting"]}, seed {row["seed"]}' for row in rows]
+        _print(args, rows, lambda _: '\n'.join(lines))
         return 0
+    if args.member is not None and args.rungs > 1:
+        raise UserError('--member trains one run alone, and --rungs compares all; leave one out.')
     _start()
     out = Console(quiet=args.json)
     reporter = console.SweepReporter(out)
@@ -284,7 +296,8 @@ def _run_sweep(args) -> int:
     outcomes = sweep.run(settings, directory, reporter, args.rungs, args.keep)
     stopped = next((o.stopped for o in outcomes if o.stopped in sweep.SIGNALS), '')
     if stopped:
-        return _stopped(stopped)
+        return _stopped(stopped, sys.stderr if args.json else None)
+    _print_diverged(outcomes)
     section = sweep.table(outcomes)
     _print(args, section, page.text)
     return 0
@@ -295,10 +308,15 @@ def _run_member(args, settings, directory, reporter) -> int:
     from jaxcls import sweep
 
     try:
-        stopped = sweep.run_member(settings, directory, args.member, reporter)
+        outcome = sweep.run_member(settings, directory, args.member, reporter)
     finally:
         reporter.close()
-    return _stopped(stopped) if stopped in sweep.SIGNALS else 0
+    if outcome.stopped in sweep.SIGNALS:
+        return _stopped(outcome.stopped, sys.stderr if args.json else None)
+    [member] = outcome.group.members
+    if args.json:
+        _print_json(member.result)
+    return 2 if _print_diverged([outcome]) else 0
 
 
 def _run_study(args) -> int:
@@ -309,6 +327,7 @@ def _run_study(args) -> int:
 
     _start()
     loaded = study.load(args.name, args.data)
+    study.check_free(loaded, [path for path, _ in args.overrides])
     config.apply_overrides(loaded.config, args.overrides, experiment.TABLES)
     if args.seeds:
         loaded.config.seeds = args.seeds

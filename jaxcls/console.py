@@ -160,7 +160,7 @@ class SweepReporter:
             return
         if event['kind'] == 'setting':
             print_line(self.console, f'[{event["number"]}/{event["count"]}] {event["name"]}')
-        elif event['kind'] == 'row':
+        elif event['kind'] in ('row', 'diverged'):
             print_line(self.console, f'  {event["text"]}')
 
 

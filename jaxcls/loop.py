@@ -12,11 +12,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
+from tensorboardX import SummaryWriter
 
 from jaxcls import experiment as experiment_lib
 from jaxcls import metrics, pipeline, steps
@@ -45,7 +47,7 @@ class Events(NamedTuple):
         config, total = experiment.config, experiment.total_steps
 
         def every(epochs):
-            epochs = max(epochs, config.batch_size / experiment.examples)
+            epochs = min(max(epochs, config.batch_size / experiment.examples), config.epochs)
             due = {experiment.steps(i * epochs) for i in range(1, int(config.epochs / epochs) + 2)}
             return frozenset(step for step in due if step < total) | {total}
 
@@ -57,22 +59,29 @@ class Events(NamedTuple):
         per_call = config.steps_per_call or (_STEPS_PER_CALL if several else 1)
         return cls(log, validate, checkpoint, sorted(log | checkpoint), per_call)
 
-    def next_call(self, step: int) -> int:
-        """How many steps to run as one program: all of a call, or one where an event is nearer."""
-        near = self.stops[bisect.bisect_right(self.stops, step)] - step
+    def next_call(self, step: int, until: int) -> int:
+        """How many steps to run as one program: all of a call, or one where an event or the end is nearer."""
+        near = min(self.stops[bisect.bisect_right(self.stops, step)], until) - step
         return self.steps_per_call if near >= self.steps_per_call else 1
 
 
 class Clock:
-    """Wall time: of the whole run, and of training alone between two log lines."""
+    """Wall time of the whole run, and the speed of training alone between two log lines.
 
-    def __init__(self, seconds: float):
-        self.begin = time.perf_counter() - seconds
+    Args:
+      history: the run's records so far.
+      examples: of the sums that are not logged yet, of an earlier start.
+      runs: how many share the time; it is that of one.
+    """
+
+    def __init__(self, history: list[dict[str, Any]], examples: int = 0, runs: int = 1):
+        self.runs, self.earlier = runs, examples
+        self.begin = time.perf_counter() - (history[-1]['seconds'] * runs if history else 0.0)
         self.mark, self.paused = time.perf_counter(), 0.0
 
     def seconds(self) -> float:
         """Since the run began, over all its restarts."""
-        return time.perf_counter() - self.begin
+        return (time.perf_counter() - self.begin) / self.runs
 
     @contextlib.contextmanager
     def pause(self):
@@ -81,11 +90,16 @@ class Clock:
         yield
         self.paused += time.perf_counter() - begin
 
-    def lap(self) -> float:
-        """Training seconds since the last lap."""
-        now = time.perf_counter()
-        lap, self.mark, self.paused = now - self.mark - self.paused, now, 0.0
-        return lap
+    def start(self):
+        """Begins to time the training."""
+        self.mark, self.paused = time.perf_counter(), 0.0
+
+    def speed(self, examples: int) -> float:
+        """Images a second since the last call, of sums of so many examples."""
+        seconds = (time.perf_counter() - self.mark - self.paused) / self.runs
+        speed, self.earlier = (examples - self.earlier) / seconds, 0
+        self.start()
+        return speed
 
 
 class Signals:
@@ -168,9 +182,9 @@ def train_record(
     clock: Clock,
     totals: metrics.Sums,
     history: list[dict[str, Any]],
-    seconds: float,
+    images_per_second: float,
 ) -> dict[str, Any]:
-    """The log line of a step: the sums since the last one, which took so many seconds."""
+    """The log line of a step: the sums since the last one."""
     bad_steps = int(totals['bad_steps'])
     # A skipped step does not move the optimiser's schedule on.
     skipped = bad_steps + sum(record.get('bad_steps', 0) for record in history)
@@ -180,7 +194,7 @@ def train_record(
         **finite(metrics.summarize(totals)),
         'learning_rate': float(experiment.learning_rate(max(step - 1 - skipped, 0))),
         'bad_steps': bad_steps,
-        'images_per_second': round(int(totals['examples']) / seconds, 1),
+        'images_per_second': round(images_per_second, 1),
     }
 
 
@@ -196,6 +210,27 @@ def _place(experiment, step: int, clock: Clock) -> dict[str, Any]:
     return {'step': step, 'epoch': round(epoch, 4), 'seconds': round(clock.seconds(), 3)}
 
 
+def tensorboard(
+    workdir: Path, restored: workdir_lib.Restored | None, stack: contextlib.ExitStack
+) -> SummaryWriter | None:
+    """The event file of the first process; what an earlier start wrote after the step is purged."""
+    if jax.process_index():
+        return None
+    writer = SummaryWriter(str(workdir), purge_step=restored.step + 1 if restored else None)
+    stack.callback(writer.close)
+    return writer
+
+
+def write(workdir: Path, writer: SummaryWriter | None, record: dict[str, Any]):
+    """Adds a log line to metrics.jsonl and to TensorBoard's events, by the process that has a writer."""
+    if not writer:
+        return
+    workdir_lib.append_metrics(workdir, record)
+    for name, value in record.items():
+        if name not in ('kind', 'step') and value is not None:
+            writer.add_scalar(f'{name}/{record["kind"]}', value, record['step'])
+
+
 def finite(summary: dict[str, float]) -> dict[str, float | None]:
     """None, which JSON has, for NaN and infinity, which it has not."""
     return {key: value if math.isfinite(value) else None for key, value in summary.items()}
@@ -205,21 +240,21 @@ class Diverged(UserError):
     """The loss stayed non-finite."""
 
 
-def check_finite(
+def divergence(
     experiment: experiment_lib.Experiment,
     step: int,
     bad_in_a_row: int,
     checkpoints: workdir_lib.Checkpoints,
-):
-    """Raises Diverged after `config.max_bad_steps` non-finite steps in a row."""
+) -> str:
+    """The message after `config.max_bad_steps` non-finite steps in a row; '' before."""
     limit = experiment.config.max_bad_steps
     if bad_in_a_row < limit:
-        return
+        return ''
     checkpoints.wait()
     saved = checkpoints.manager.latest_step()
     place = checkpoints.directory.parent
     kept = 'There is no checkpoint yet' if saved is None else f'Step {saved} is saved in {place}'
-    raise Diverged(
+    return (
         f'Stopped at step {step}: the loss or its gradient has not been finite in the last '
         f'{bad_in_a_row} steps, since step {step - bad_in_a_row + 1} '
         f'(config.max_bad_steps={limit}). {kept}. Try, in another '
@@ -265,7 +300,7 @@ def drive(
     (state, totals), early = tree, False
     with Signals() as signals:
         while step < until and not early:
-            count = events.next_call(step)
+            count = events.next_call(step, until)
             state, totals = advance(step, count, state, totals)
             step += count
             hooks.progress(step)

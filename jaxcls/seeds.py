@@ -6,13 +6,17 @@ has alone; only the rounding of batched products differs. Each ends as a run in 
 
 import contextlib
 import functools
+import itertools
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from tensorboardX import SummaryWriter
 
 from jaxcls import evaluation, inspection, loop, metrics, pipeline, results, sharding, steps
 from jaxcls import experiment as experiment_lib
@@ -63,6 +67,44 @@ def _obstacle(config: ConfigDict) -> str:
     return next((name for name, there in obstacles.items() if there), '')
 
 
+def programs(members: Members, workdir: Path, size: int, is_over: Callable) -> list[Members]:
+    """Which of a group's runs that are not over train next, and which in one program.
+
+    Those that began in one program go on in it, those that began alone alone; the others are `size` at a
+    time.
+
+    Args:
+      is_over: `(config, workdir) -> whether the run has ended`.
+    """
+    begun = [_seeds_of(path) for path in sorted(workdir.glob('seeds-*'))]
+    chunks = [[m for m in members if m[0].seed in seeds] for seeds in begun]
+    placed = {config.seed for chunk in chunks for config, _ in chunk}
+    left = [m for m in members if m[0].seed not in placed and not is_over(*m)]
+    alone = [m for m in left if size == 1 or workdir_lib.has_checkpoints(m[1])]
+    fresh = [m for m in left if m not in alone]
+    for _, neighbours in itertools.groupby(
+        enumerate(fresh), lambda pair: pair[1][0].seed - pair[0]
+    ):
+        neighbours = [member for _, member in neighbours]
+        chunks += [neighbours[i : i + size] for i in range(0, len(neighbours), size)]
+    chunks += [[member] for member in alone]
+    open_ = [chunk for chunk in chunks if not all(is_over(*member) for member in chunk)]
+    return sorted(open_, key=lambda chunk: chunk[0][0].seed)
+
+
+def _directory(members: Members, workdir: Path) -> Path:
+    """Where the checkpoints of runs of neighbouring seeds are while they train in one program."""
+    return workdir / f'seeds-{members[0][0].seed}-{members[-1][0].seed}'
+
+
+def _seeds_of(directory: Path) -> range:
+    """The seeds that train in one program there, if any."""
+    found = re.fullmatch(r'seeds-(\d+)-(\d+)', directory.name)
+    if not found or not workdir_lib.has_checkpoints(directory):
+        return range(0)
+    return range(int(found[1]), int(found[2]) + 1)
+
+
 class _Many(NamedTuple):
     """What stays the same while several seeds train together."""
 
@@ -75,6 +117,8 @@ class _Many(NamedTuple):
     clock: loop.Clock
     on_event: loop.OnEvent
     histories: list[list[dict[str, Any]]]
+    writers: list[SummaryWriter | None]
+    diverged: set[int]  # places in `members`
 
 
 def fit_together(
@@ -102,7 +146,7 @@ def fit_together(
         )
     experiment = experiment_lib.build_for(config, data)
     like = _stack_shapes(experiment_lib.abstract_checkpoint(experiment, mesh), len(members))
-    directory = workdir / f'seeds-{configs[0].seed}-{configs[-1].seed}'
+    directory = _directory(members, workdir)
     with contextlib.ExitStack() as stack:
 
         def claim():
@@ -117,6 +161,11 @@ def fit_together(
         restored = checkpoints.restore(like)
         step = restored.step if restored else 0
         histories = [workdir_lib.rewind_metrics(place, step) for _, place in members]
+        zeros = loop.make_zeros(like[1])
+        tree = (
+            restored.tree if restored else (_initial_state(experiment, configs, like[0]), zeros())
+        )
+        examples, bad_steps = jax.device_get((tree[1]['examples'], tree[0].bad_steps))
         order = functools.partial(
             _orders, [c.seed for c in configs], experiment.examples, config.batch_size
         )
@@ -128,13 +177,11 @@ def fit_together(
             evaluator=evaluation.make_evaluator(experiment, validation, mesh, many=True),
             checkpoints=checkpoints,
             events=loop.Events.of(experiment, feed),
-            clock=loop.Clock(histories[0][-1]['seconds'] if histories[0] else 0.0),
+            clock=loop.Clock(histories[0], int(examples[0]), len(members)),
             on_event=on_event,
             histories=histories,
-        )
-        zeros = loop.make_zeros(like[1])
-        tree = (
-            restored.tree if restored else (_initial_state(experiment, configs, like[0]), zeros())
+            writers=[loop.tensorboard(place, restored, stack) for _, place in members],
+            diverged={i for i, bad in enumerate(bad_steps) if bad >= config.max_bad_steps},
         )
         on_event({'kind': 'together', 'step': step, 'run': many})
         stopped = _train(many, tree, step, feed, like, zeros, until_epoch)
@@ -167,21 +214,30 @@ def _train(many: _Many, tree, step: int, feed, like, zeros, until_epoch: float) 
     evaluated = None
 
     def log(step, state, totals):
-        seconds, totals, bad = many.clock.lap(), *jax.device_get((totals, state.bad_steps))
-        for i in range(len(many.members)):
+        totals, bad = jax.device_get((totals, state.bad_steps))
+        speed = many.clock.speed(int(totals['examples'][0]))
+        for i in _alive(many):
             record = loop.train_record(
-                many.experiment, step, many.clock, _at(totals, i), many.histories[i], seconds
+                many.experiment, step, many.clock, _at(totals, i), many.histories[i], speed
             )
             _write(many, i, record)
-        # One that diverged stays where it was; the others go on until none is left.
-        loop.check_finite(many.experiment, step, int(bad.min()), many.checkpoints)
+            # It stays where it was; the others go on until none is left.
+            message = loop.divergence(many.experiment, step, int(bad[i]), many.checkpoints)
+            if message:
+                many.diverged.add(i)
+                if jax.process_index() == 0:
+                    workdir_lib.write_json(
+                        many.members[i][1] / 'diverged.json', {'message': message}
+                    )
+        if not _alive(many):
+            raise loop.Diverged(message)
 
     def validate(step, state):
         nonlocal evaluated
         with many.clock.pause():
             evaluated = many.evaluator(steps.evaluation_variables(state))
             sums = jax.device_get(evaluated.sums)
-        for i in range(len(many.members)):
+        for i in _alive(many):
             summary = metrics.summarize(_at(sums, i))
             _write(many, i, loop.validation_record(many.experiment, step, many.clock, summary))
         return False, False
@@ -198,13 +254,18 @@ def _train(many: _Many, tree, step: int, feed, like, zeros, until_epoch: float) 
     )
     until = loop.last_step(many.experiment, until_epoch)
     hooks = loop.Hooks(log, validate, save, progress)
-    many.clock.lap()
+    many.clock.start()
     state, stopped = loop.drive(tree, step, until, many.events, advance, zeros, hooks)
     many.checkpoints.wait()
     if stopped == 'done':
         evaluated = evaluated or many.evaluator(steps.evaluation_variables(state))
         _finish(many, state, zeros(), evaluated)
     return stopped
+
+
+def _alive(many: _Many) -> list[int]:
+    """The places of those that have not diverged."""
+    return [i for i in range(len(many.members)) if i not in many.diverged]
 
 
 def _at(tree, i: int):
@@ -215,19 +276,22 @@ def _at(tree, i: int):
 def _write(many: _Many, i: int, record: dict[str, Any]):
     many.histories[i].append(record)
     many.on_event({**record, 'seed': many.members[i][0].seed})
-    if jax.process_index() == 0:
-        workdir_lib.append_metrics(many.members[i][1], record)
+    loop.write(many.members[i][1], many.writers[i], record)
 
 
 def _finish(many: _Many, state: steps.TrainState, totals, evaluated: evaluation.Evaluation):
     """Gives each seed its own checkpoint and result: from here on it is a run like any other."""
-    for i, (config, place) in enumerate(many.members):
+    for i in _alive(many):
+        config, place = many.members[i]
+        if (place / 'result.json').is_file():
+            continue
         one, history = _at(state, i), many.histories[i]
         checkpoints = workdir_lib.Checkpoints(place, config.keep_checkpoints)
         with contextlib.closing(checkpoints):
-            top1 = {'top1': history[-1]['top1']}
-            checkpoints.save(many.experiment.total_steps, (one, _at(totals, i)), top1)
-            checkpoints.wait()
+            if many.experiment.total_steps not in checkpoints.manager.all_steps():
+                top1 = {'top1': history[-1]['top1']}
+                checkpoints.save(many.experiment.total_steps, (one, _at(totals, i)), top1)
+                checkpoints.wait()
         if jax.process_index() == 0:
             cost = inspection.cost(many.experiment, one)
             results.write(place, evaluated.of(i).predictions(), history, cost)

@@ -4,16 +4,17 @@ A study file has `get_study(data) -> Study`. `run` trains every combination of t
 as a sweep, and writes the answer as study.json, report.html and pictures.
 """
 
+import collections
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from jaxcls import config as config_lib
-from jaxcls import evaluation, intervals, loop, registry, results, sweep
+from jaxcls import estimators, evaluation, intervals, loop, registry, results, sweep
 from jaxcls import experiment as experiment_lib
 from jaxcls import workdir as workdir_lib
 from jaxcls.errors import UserError
@@ -110,13 +111,43 @@ def load(name: str, data: str) -> Study:
             f'No study {name!r}. {registry.did_you_mean(name, known)} Run it where '
             f'{folder} is, or give the path of a file.'
         )
-    return config_lib.run_file(path, 'get_study', data)
+    study = config_lib.run_file(path, 'get_study', data)
+    if not isinstance(study, Study):
+        raise UserError(
+            f'get_study of {path} returned {type(study).__name__}; return a jaxcls.study.Study.'
+        )
+    return study
+
+
+def check_free(study: Study, paths: Iterable[str]):
+    """Raises UserError where the study itself sets, or chooses, a field that was overridden."""
+    taken = {
+        field: axis
+        for axis, labels in study.axes.items()
+        for fields in labels.values()
+        if not _is_baseline(fields)
+        for field in fields
+    } | dict.fromkeys(study.tune, 'tune')
+    for path in paths:
+        for field, axis in taken.items():
+            if f'{path}.'.startswith(f'{field}.') or f'{field}.'.startswith(f'{path}.'):
+                raise UserError(
+                    f'config.{path} cannot be set: the study varies config.{field} ({axis!r}). '
+                    'Leave it out, or change a copy of the study.'
+                )
+
+
+def _is_baseline(fields: Overrides) -> bool:
+    return fields.get('model', {}).get('name') in estimators.BASELINES
 
 
 def settings(study: Study) -> list[tuple[dict[str, str], sweep.Setting]]:
     """Every combination of the axes: its labels and its resolved config.
 
     What an axis sets and only networks read, such as `epochs`, is reset for a classical baseline.
+
+    Raises:
+      UserError: a mistake in a config, or labels that give two settings one name.
     """
     names, found = list(study.axes), []
     for labels in itertools.product(*study.axes.values()):
@@ -131,6 +162,12 @@ def settings(study: Study) -> list[tuple[dict[str, str], sweep.Setting]]:
                 sweep.Setting(', '.join(labels), experiment_lib.resolve(config)),
             )
         )
+    counts = collections.Counter(setting.name for _, setting in found)
+    twice = next((name for name, count in counts.items() if count > 1), '')
+    if twice:
+        raise UserError(
+            f'Two settings of the study are named {twice!r}; change a label of an axis.'
+        )
     return found
 
 
@@ -140,6 +177,11 @@ def override(config: ConfigDict, fields: Overrides):
         node = config
         *parents, last = path.split('.')
         for part in parents:
+            if part not in node:
+                raise UserError(
+                    f'A study sets config.{path}, and there is no {part!r}. '
+                    f'{registry.did_you_mean(part, node)}'
+                )
             node = node[part]
         node[last] = ConfigDict(value) if isinstance(value, (Mapping, ConfigDict)) else value
 
@@ -162,6 +204,8 @@ def run(
         )
         if outcome.stopped in sweep.SIGNALS:
             raise Stopped(outcome.stopped)
+        for message in outcome.diverged():
+            on_event({'kind': 'diverged', 'text': message})
         rows.append(_measure(study, labels, tuned, outcome.group))
         on_event({'kind': 'row', 'text': _row_text(study, rows[-1])})
     sections = answer(study, rows)
@@ -176,10 +220,7 @@ def _tune(study: Study, labels, setting: sweep.Setting, workdir: Path, on_event)
     """
     if not study.tune or experiment_lib.is_baseline(setting.config):
         return setting.config, dict.fromkeys(study.tune)
-    choices = [
-        next(v[label] for label in labels.values() if label in v) if isinstance(v, Mapping) else v
-        for v in study.tune.values()
-    ]
+    choices = [_choices(field, values, labels) for field, values in study.tune.items()]
     scores = {}
     for values in itertools.product(*choices):
         tuned = dict(zip(study.tune, values, strict=True))
@@ -196,6 +237,19 @@ def _tune(study: Study, labels, setting: sweep.Setting, workdir: Path, on_event)
     config = ConfigDict(setting.config.to_dict())
     override(config, best)
     return experiment_lib.resolve(config), best
+
+
+def _choices(field: str, values, labels: dict[str, str]) -> Sequence:
+    """The values of a tuned field for a setting."""
+    if not isinstance(values, Mapping):
+        return values
+    found = [values[label] for label in labels.values() if label in values]
+    if not found:
+        raise UserError(
+            f'The study tunes {field} for {", ".join(values)}; none is a label of '
+            f'{", ".join(labels.values())!r}. Name one label of an axis for each.'
+        )
+    return found[0]
 
 
 def _measure(study: Study, labels, tuned, group: results.Group) -> Row:
@@ -315,6 +369,10 @@ def _curve_charts(study: Study, name: str, measure: Measure, rows: list[Row]) ->
 
 def _table(study: Study, rows: list[Row]) -> dict[str, Any]:
     numbers = {name: m for name, m in study.measures.items() if not m.x}
+
+    def numeric(field):
+        return all(isinstance(row.tuned[field], (int, float, type(None))) for row in rows)
+
     return {
         'kind': 'table',
         'title': 'All settings',
@@ -322,14 +380,14 @@ def _table(study: Study, rows: list[Row]) -> dict[str, Any]:
         'columns': [*study.axes, *study.tune, *numbers, 'runs'],
         'formats': [
             *['text'] * len(study.axes),
-            *['number'] * len(study.tune),
+            *['number' if numeric(field) else 'text' for field in study.tune],
             *[measure.format for measure in numbers.values()],
             'integer',
         ],
         'rows': [
             [
                 *row.labels.values(),
-                *row.tuned.values(),
+                *[v if v is None or numeric(k) else _text(v) for k, v in row.tuned.items()],
                 *[_cell(row.values[name]) for name in numbers],
                 row.seeds,
             ]
@@ -341,11 +399,16 @@ def _table(study: Study, rows: list[Row]) -> dict[str, Any]:
 def _row_text(study: Study, row: Row) -> str:
     """A setting's line on the terminal."""
     parts = [', '.join(row.labels.values())]
-    parts += [f'{field} {value:g}' for field, value in row.tuned.items() if value is not None]
+    tuned = {field: value for field, value in row.tuned.items() if value is not None}
+    parts += [f'{field} {_text(value)}' for field, value in tuned.items()]
     for name, measure in study.measures.items():
         if not measure.x:
             parts.append(f'{name} {page.show(_cell(row.values[name]), measure.format)}')
     return '  '.join(parts)
+
+
+def _text(value) -> str:
+    return f'{value:g}' if isinstance(value, float) else str(value)
 
 
 def _write(study: Study, sections, rows: list[Row], workdir: Path):

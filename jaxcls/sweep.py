@@ -42,19 +42,37 @@ class Outcome(NamedTuple):
     Attributes:
       name: of the setting.
       group: the runs.
-      stopped: 'done', 'paused' (before its last epoch), or the signal that stopped it.
+      stopped: 'done', 'paused' (one of them before its last epoch), or the signal that stopped it.
     """
 
     name: str
     group: results.Group
     stopped: str
 
-    def mean(self, key: str) -> tuple[float, float]:
-        """Mean and half-width over the seeds of the last validation's number; NaN where it diverged."""
+    def values(self, key: str, until_epoch: float = math.inf) -> list[float]:
+        """A number of each seed's last validation up to an epoch; those that diverged have none."""
         alive = [member for member in self.group.members if not member.diverged]
-        found = [member.of_kind('validation') for member in alive]
+        found = [_validations(member, until_epoch) for member in alive]
         values = [records[-1][key] for records in found if records]
-        return results.mean_interval([value for value in values if value is not None])
+        return [value for value in values if value is not None]
+
+    def mean(self, key: str, until_epoch: float = math.inf) -> tuple[float, float]:
+        """Mean and half-width of `values`; NaN where there is none."""
+        return results.mean_interval(self.values(key, until_epoch))
+
+    def diverged(self) -> list[str]:
+        """The messages of the seeds that diverged."""
+        return [member.diverged for member in self.group.members if member.diverged]
+
+
+def _validations(member: results.Member, until_epoch: float) -> list[dict[str, Any]]:
+    found = member.of_kind('validation')
+    if math.isinf(until_epoch):
+        return found
+    config = member.config
+    examples = member.data['examples'][config.data.train]
+    last = config_lib.epoch_steps(until_epoch, examples, config.batch_size)
+    return [record for record in found if record['step'] <= last]
 
 
 def fit_seeds(
@@ -77,17 +95,18 @@ def fit_seeds(
       UserError: as `train.fit`; or runs of another config are there.
     """
     workdir, config = Path(workdir), experiment_lib.resolve(config)
-    members, size, stopped = members_of(config, workdir), seeds_lib.per_program(config), 'done'
+    members, size = members_of(config, workdir), seeds_lib.per_program(config)
     if config.seeds > 1:
         _claim(workdir, config)
-    left = [member for member in members if not _is_over(*member)]
-    if not left:
+    programs = seeds_lib.programs(members, workdir, size, _is_over)
+    if not programs:
         on_event({'kind': 'complete', 'workdir': workdir})
-    for start in range(0, len(left), size):
+    stopped = 'done'
+    for program in programs:
         if config.seeds > 1:
-            names = [directory for _, directory in left[start : start + size]]
-            on_event({'kind': 'member', 'workdirs': names})
-        stopped = _fit(left[start : start + size], workdir, on_event, until_epoch)
+            on_event({'kind': 'member', 'workdirs': [directory for _, directory in program]})
+        ended = _fit(program, workdir, on_event, until_epoch)
+        stopped = ended if ended != 'done' else stopped
         if stopped in SIGNALS:
             break
     group = results.read(workdir)
@@ -109,21 +128,26 @@ def members_of(config: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path
 
 def _claim(workdir: Path, config: ConfigDict):
     """Writes the config of a group, which may gain seeds and change in nothing else."""
-    if (workdir / 'config.json').is_file():
-        old = workdir_lib.read_config(workdir)
-        changes = config_lib.differences(old, config)
-        begun = any(workdir.glob('seed-*/metrics.jsonl'))
-        if begun and (changes.keys() - _GROUP_FIELDS or config.seeds < old.seeds):
-            raise UserError(workdir_lib.another_config(workdir, changes))
-    else:
+    path, text = workdir / 'config.json', config_lib.to_json(config) + '\n'
+    if not (path.is_file() and _grows(workdir_lib.read_config(workdir), config)):
         workdir_lib.check(workdir, config)
-    workdir.mkdir(parents=True, exist_ok=True)
-    workdir_lib.write_text(workdir / 'config.json', config_lib.to_json(config) + '\n')
+    if not path.is_file() or path.read_text() != text:
+        with workdir_lib.writable(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            workdir_lib.write_text(path, text)
+
+
+def _grows(old: ConfigDict, config: ConfigDict) -> bool:
+    """Whether a group of several seeds is the same or gains some."""
+    return (
+        config_lib.differences(old, config).keys() <= _GROUP_FIELDS
+        and 1 < old.seeds <= config.seeds
+    )
 
 
 def _is_over(config: ConfigDict, directory: Path) -> bool:
     """Whether a run of this config has ended there, well or badly."""
-    ended = any((directory / name).is_file() for name in ('predictions.npz', 'diverged.json'))
+    ended = any((directory / name).is_file() for name in ('result.json', 'diverged.json'))
     return ended and not config_lib.differences(workdir_lib.read_config(directory), config)
 
 
@@ -135,7 +159,8 @@ def _fit(members, workdir: Path, on_event, until_epoch: float) -> str:
         [(config, directory)] = members
         stopped = train.fit(config, directory, on_event, until_epoch).stopped
     except loop.Diverged as error:
-        for _, directory in members:
+        if len(members) == 1:  # several have noted it, each when it did
+            [(_, directory)] = members
             workdir_lib.write_json(directory / 'diverged.json', {'message': str(error)})
         stopped = 'diverged'
     return {'early': 'done', 'diverged': 'done'}.get(stopped, stopped)
@@ -201,8 +226,8 @@ def members(settings: Sequence[Setting]) -> list[tuple[str, ConfigDict]]:
 
 def run_member(
     settings: Sequence[Setting], workdir: str | Path, number: int, on_event: loop.OnEvent
-) -> str:
-    """Trains one run of a sweep, by its number in `members`, and returns how it stopped.
+) -> Outcome:
+    """Trains one run of a sweep, by its number in `members`, and returns what became of it.
 
     Many processes may do so at once, on one host or many, for the same workdir; then `run` finds all
     runs complete.
@@ -220,12 +245,8 @@ def run_member(
     if setting.config.seeds > 1:
         _claim(directory, setting.config)
     member = members_of(setting.config, directory)[i]
-    return 'done' if _is_over(*member) else _fit([member], directory, on_event, math.inf)
-
-
-def divergences(outcome: Outcome) -> list[str]:
-    """The messages of the runs that diverged."""
-    return [member.diverged for member in outcome.group.members if member.diverged]
+    stopped = 'done' if _is_over(*member) else _fit([member], directory, on_event, math.inf)
+    return Outcome(setting.name, results.read(member[1]), stopped)
 
 
 def directory_name(name: str) -> str:
@@ -262,7 +283,11 @@ def run(
         raise UserError(
             f'rungs is {rungs} and keep {keep}; give at least 1 rung, and keep between 0 and 1.'
         )
-    reached: dict[str, tuple[int, Outcome]] = {}  # the last rung of each setting
+    if rungs > 1:
+        _check_rungs(settings, keep ** (rungs - 1))
+    reached: dict[
+        str, tuple[int, float, Outcome]
+    ] = {}  # the last rung of each setting and its epoch
     alive = list(settings)
     for rung in range(rungs):
         last = rung == rungs - 1
@@ -272,7 +297,7 @@ def run(
             name = setting.name if rungs == 1 else f'{setting.name}, rung {rung + 1} of {rungs}'
             on_event({'kind': 'setting', 'name': name, 'number': number, 'count': len(alive)})
             outcome = fit_seeds(setting.config, directory, on_event, until)
-            reached[setting.name] = rung, outcome._replace(name=setting.name)
+            reached[setting.name] = rung, until, outcome._replace(name=setting.name)
             if outcome.stopped in SIGNALS:
                 return _ranked(reached)
         best = [outcome.name for outcome in _ranked(reached)][: math.ceil(len(alive) * keep)]
@@ -280,15 +305,27 @@ def run(
     return _ranked(reached)
 
 
-def _ranked(reached: dict[str, tuple[int, Outcome]]) -> list[Outcome]:
-    """Best first; those that reached a later rung before those that were dropped."""
+def _check_rungs(settings: Sequence[Setting], share: float):
+    """Raises UserError where a setting would be judged before its first validation."""
+    for name, config in settings:
+        first = config.epochs * share
+        if first < config.validate_every_epochs and not experiment_lib.is_baseline(config):
+            raise UserError(
+                f'The first rung of {name} ends at epoch {first:g}, before its first validation, at '
+                f'epoch {config.validate_every_epochs:g}. Give fewer --rungs, a larger --keep or '
+                f'--config.validate_every_epochs={first:g}.'
+            )
+
+
+def _ranked(reached: dict[str, tuple[int, float, Outcome]]) -> list[Outcome]:
+    """Best first, as they were at their last rung; a later rung before an earlier one."""
 
     def key(item):
-        rung, outcome = item
-        top1 = outcome.mean('top1')[0]
+        rung, until, outcome = item
+        top1 = outcome.mean('top1', until)[0]
         return rung, -math.inf if math.isnan(top1) else top1
 
-    return [outcome for _, outcome in sorted(reached.values(), key=key, reverse=True)]
+    return [outcome for *_, outcome in sorted(reached.values(), key=key, reverse=True)]
 
 
 def seeds_table(outcome: Outcome) -> dict[str, Any]:
@@ -313,16 +350,19 @@ def table(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """The outcomes as a section of `page`: accuracy, loss, epochs and how each ended."""
     rows = []
     for outcome in outcomes:
-        (top1, half), (loss, loss_half) = outcome.mean('top1'), outcome.mean('loss')
-        n = len(outcome.group.members)
+        numbers = [
+            {'mean': mean, 'half': half, 'n': len(outcome.values(key))}
+            for key in ('top1', 'loss')
+            for mean, half in [outcome.mean(key)]
+        ]
+        lost, all_ = len(outcome.diverged()), len(outcome.group.members)
         epochs = max((r['epoch'] for m in outcome.group.members for r in m.records), default=0.0)
         rows.append(
             [
                 outcome.name,
-                {'mean': top1, 'half': half, 'n': n},
-                {'mean': loss, 'half': loss_half, 'n': n},
+                *numbers,
                 epochs,
-                outcome.stopped,
+                f'{lost} of {all_} diverged' if lost else outcome.stopped,
             ]
         )
     return {

@@ -108,8 +108,8 @@ def fit(
             feed=feed,
             like=like,
             events=loop.Events.of(experiment, feed),
-            clock=loop.Clock(history[-1]['seconds'] if history else 0.0),
-            writer=_tensorboard(workdir, restored, stack),
+            clock=loop.Clock(history, int(restored.tree[1]['examples']) if restored else 0),
+            writer=loop.tensorboard(workdir, restored, stack),
             on_event=on_event,
         )
         return _finish(run, *_train(run, restored, start, history, until_epoch))
@@ -121,15 +121,6 @@ def _training_feed(experiment, reader: pipeline.Reader, mesh) -> pipeline.Feed:
         pipeline.training_order, config.seed, experiment.examples, config.batch_size
     )
     return experiment_lib.make_feed(config, reader, order, mesh, experiment.total_steps, train=True)
-
-
-def _tensorboard(workdir: Path, restored, stack: contextlib.ExitStack) -> SummaryWriter | None:
-    """The event file of the first process; what an earlier start wrote after the step is purged."""
-    if jax.process_index():
-        return None
-    writer = SummaryWriter(str(workdir), purge_step=restored.step + 1 if restored else None)
-    stack.callback(writer.close)
-    return writer
 
 
 def _train(run: _Run, restored, start, history, until_epoch):
@@ -152,11 +143,13 @@ def _train(run: _Run, restored, start, history, until_epoch):
 
     def log(step, state, totals):
         totals, bad_in_a_row = jax.device_get((totals, state.bad_steps))
-        seconds = run.clock.lap()
-        record = loop.train_record(experiment, step, run.clock, totals, history, seconds)
+        speed = run.clock.speed(int(totals['examples']))
+        record = loop.train_record(experiment, step, run.clock, totals, history, speed)
         history.append(record)
         _write(run, record)
-        loop.check_finite(experiment, step, int(bad_in_a_row), run.checkpoints)
+        diverged = loop.divergence(experiment, step, int(bad_in_a_row), run.checkpoints)
+        if diverged:
+            raise loop.Diverged(diverged)
 
     def validate(step, state):
         nonlocal evaluated
@@ -171,7 +164,7 @@ def _train(run: _Run, restored, start, history, until_epoch):
         progress=lambda step: run.on_event({'kind': 'progress', 'step': step}),
     )
     advance = loop.make_advance(experiment.train_step, run.feed, run.like, run.clock, run.on_event)
-    run.clock.lap()
+    run.clock.start()
     until = loop.last_step(experiment, until_epoch)
     state, stopped = loop.drive(tree, step, until, run.events, advance, zeros, hooks)
     return state, history, stopped, evaluated
@@ -209,12 +202,7 @@ def _validate(
 
 def _write(run: _Run, record: dict[str, Any]):
     run.on_event(record)
-    if not run.writer:
-        return
-    workdir_lib.append_metrics(run.workdir, record)
-    for name, value in record.items():
-        if name not in ('kind', 'step') and value is not None:
-            run.writer.add_scalar(f'{name}/{record["kind"]}', value, record['step'])
+    loop.write(run.workdir, run.writer, record)
 
 
 def _save(run: _Run, step: int, tree, history: list[dict[str, Any]]):
@@ -234,7 +222,7 @@ def _finish(run: _Run, state, history, stopped: str, evaluated) -> results.Resul
     result = results.Result(
         validations[-1] if validations else {}, history, state, stopped, run.workdir
     )
-    complete = evaluated is None and (run.workdir / 'predictions.npz').is_file()
+    complete = evaluated is None and (run.workdir / 'result.json').is_file()
     if stopped in ('done', 'early') and not complete:
         evaluated = evaluated or run.evaluator(steps.evaluation_variables(state))
         if jax.process_index() == 0:

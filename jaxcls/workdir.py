@@ -14,6 +14,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import secrets
 import subprocess
 import sys
 import warnings
@@ -43,22 +44,30 @@ def locked(workdir: Path) -> Iterator[None]:
     Raises:
       UserError: another run holds it.
     """
-    try:
+    with writable(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(workdir / '.lock', timeout=0)
-        lock.acquire()
-    except filelock.Timeout:
-        raise UserError(
-            f'{workdir} is in use by another run. Wait for it to end, or choose another --workdir.'
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f'{workdir} cannot be written: {error.strerror}. Choose another --workdir.'
-        ) from None
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise UserError(
+                f'{workdir} is in use by another run. Wait for it to end, or choose another --workdir.'
+            ) from None
     try:
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def writable(workdir: Path) -> Iterator[None]:
+    """Makes what the system says against writing in a directory a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f'{workdir} cannot be written: {error.strerror}. Choose another --workdir.'
+        ) from None
 
 
 def write_json(path: Path, value: Any):
@@ -68,12 +77,17 @@ def write_json(path: Path, value: Any):
 
 def write_text(path: Path, text: str):
     """Like `write_json`, for any text."""
-    part = path.with_name(f'.{path.name}.part')
-    with part.open('w') as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    part = path.with_name(
+        f'.{path.name}.{secrets.token_hex(4)}.part'
+    )  # another process has its own
+    try:
+        with part.open('w') as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def check(workdir: Path, config: ConfigDict):
@@ -103,9 +117,13 @@ def another_config(workdir: Path, changes: dict[str, tuple[Any, Any]]) -> str:
 
 
 def _has_begun(workdir: Path) -> bool:
-    """Whether there is anything to lose: a record or a checkpoint."""
+    """Whether there is anything to lose, here or in the runs of several seeds: a record or a checkpoint."""
     log = workdir / 'metrics.jsonl'
-    return (log.exists() and log.stat().st_size > 0) or has_checkpoints(workdir)
+    return (
+        (log.exists() and log.stat().st_size > 0)
+        or has_checkpoints(workdir)
+        or any(map(_has_begun, workdir.glob('seed*-*')))
+    )
 
 
 def has_checkpoints(workdir: Path) -> bool:

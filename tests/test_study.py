@@ -112,3 +112,25 @@ def test_tuning_chooses_by_its_own_split(tmp_path):
 def test_mistakes_are_user_errors(name, data, message):
     with pytest.raises(UserError, match=message):
         study.load(name, data)
+
+
+def test_mistakes_in_a_study_are_user_errors(tmp_path):
+    file = tmp_path / 'nothing.py'
+    file.write_text('def get_study(data):\n    pass\n')
+    with pytest.raises(UserError, match='returned NoneType'):
+        study.load(str(file), 'digits')
+    config = study.base('digits')
+    axes = {'width': {'8': {'model.hidden': (8,)}, '16': {'model.hidden': (16,)}}}
+    asked = study.Study('?', config, axes, {'accuracy': study.accuracy()})
+    with pytest.raises(UserError, match="no 'modle'.*model"):
+        study.settings(asked._replace(axes={'width': {'8': {'modle.hidden': (8,)}}}))
+    with pytest.raises(UserError, match="named 'a, b, c'"):
+        study.settings(
+            asked._replace(axes={'x': {'a, b': {}, 'a': {}}, 'y': {'c': {}, 'b, c': {}}})
+        )
+    with pytest.raises(UserError, match='tunes learning_rate for 32'):
+        study.run(asked._replace(tune={'learning_rate': {'32': (0.1,)}}), tmp_path / 'out')
+    study.check_free(asked, ['epochs', 'model.norm'])
+    for path in ('model.hidden', 'model'):
+        with pytest.raises(UserError, match='the study varies config.model.hidden'):
+            study.check_free(asked, [path])

@@ -1,10 +1,13 @@
 import json
+import re
+from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 
 from jaxcls import config as config_lib
-from jaxcls import experiment, fit, results, runs, sweep
+from jaxcls import experiment, fit, results, runs, seeds, sweep
 from jaxcls.errors import UserError
 
 
@@ -73,6 +76,67 @@ def test_another_config_and_fewer_seeds_are_refused(two_seeds):
         fit(tiny(seeds=2), two_seeds.parent / 'new')
 
 
+def test_one_run_and_several_do_not_take_each_others_place(two_seeds, tmp_path):
+    with pytest.raises(UserError, match='seeds: . there, 1 now'):
+        sweep.fit_seeds(tiny(seeds=1, seed=3), two_seeds)
+    sweep.fit_seeds(tiny(epochs=1.0), tmp_path / 'one')
+    before = (tmp_path / 'one' / 'result.json').read_text()
+    with pytest.raises(UserError, match='seeds: 1 there, 2 now'):
+        sweep.fit_seeds(tiny(epochs=1.0, seeds=2), tmp_path / 'one')
+    assert (tmp_path / 'one' / 'result.json').read_text() == before
+
+
+def test_a_run_without_its_result_is_completed(tmp_path):
+    sweep.fit_seeds(tiny(epochs=1.0), tmp_path / 'run')
+    result = tmp_path / 'run' / 'result.json'
+    before = json.loads(result.read_text())
+    result.unlink()
+    sweep.fit_seeds(tiny(epochs=1.0), tmp_path / 'run')
+    assert json.loads(result.read_text()) == before | {'peak_bytes': mock.ANY}
+
+
+@pytest.mark.parametrize('killed', [0, 1])
+def test_seeds_in_one_program_end_after_a_kill_between_their_results(killed, tmp_path):
+    config, write = tiny(seeds=2, seeds_per_program=2, epochs=1.0), results.write
+
+    def kill(workdir, *args):
+        if workdir.name == f'seed-{killed}':
+            raise SystemExit
+        return write(workdir, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, 'write', kill)
+        with pytest.raises(SystemExit):
+            sweep.fit_seeds(config, tmp_path / 'run')
+    outcome = sweep.fit_seeds(config, tmp_path / 'run')
+    assert all(member.result for member in outcome.group.members)
+    assert not list((tmp_path / 'run').glob('seeds-*'))
+
+
+def test_seeds_that_began_together_go_on_so_whoever_joins_them(tmp_path):
+    sweep.fit_seeds(tiny(seeds=2, seeds_per_program=2), tmp_path / 'run', until_epoch=2)
+    events = []
+    outcome = sweep.fit_seeds(tiny(seeds=3, seeds_per_program=1), tmp_path / 'run', events.append)
+    begun = [event for event in events if event['kind'] in ('together', 'start')]
+    assert [(event['kind'], event['step']) for event in begun] == [('together', 8), ('start', 0)]
+    assert len(outcome.values('top1')) == 3
+
+
+def test_of_seeds_in_one_program_one_may_diverge(tmp_path, monkeypatch):
+    fresh = seeds._initial_state
+
+    def poisoned(*args):
+        state = fresh(*args)
+        return state.replace(params=jax.tree.map(lambda x: x.at[1].set(np.nan), state.params))
+
+    monkeypatch.setattr(seeds, '_initial_state', poisoned)
+    config = tiny(seeds=2, seeds_per_program=2, max_bad_steps=3)
+    outcome = sweep.fit_seeds(config, tmp_path / 'run')
+    ended, lost = outcome.group.members
+    assert ended.result and not lost.result and 'Stopped at step' in lost.diverged
+    assert outcome.values('top1') == [ended.result['top1']]
+
+
 def test_seeds_in_one_program_are_those_trained_one_by_one(two_seeds, tmp_path):
     sweep.fit_seeds(tiny(seeds=2, seed=3, seeds_per_program=2), tmp_path / 'group')
     for apart, together in zip(
@@ -120,7 +184,7 @@ def test_a_run_that_diverges_is_noted_and_the_others_go_on(tmp_path):
     config.optimizer = {'name': 'sgd'}
     outcome = sweep.fit_seeds(config, tmp_path / 'run')
     assert outcome.stopped == 'done' and np.isnan(outcome.mean('top1')[0])
-    assert [text.startswith('Stopped at step') for text in sweep.divergences(outcome)] == [True] * 2
+    assert [text.startswith('Stopped at step') for text in outcome.diverged()] == [True] * 2
     events = []
     sweep.fit_seeds(config, tmp_path / 'run', events.append)
     assert [event['kind'] for event in events] == ['complete']
@@ -172,13 +236,27 @@ def test_halving_drops_the_losers_and_trains_the_winner_as_if_alone(tmp_path):
     assert table['rows'][0][0] == outcomes[0].name and len(table['rows']) == 4
 
 
+def test_a_rung_is_judged_by_what_was_known_at_its_end(tmp_path):
+    found = sweep.settings(load, ['learning_rate=0.003,0.01'])
+    best, other = sweep.run(found, tmp_path / 'sweep', rungs=2)
+    log = best.group.members[0].workdir / 'metrics.jsonl'
+    log.write_text(re.sub(r'("epoch": 4.0.*"top1": )[0-9.]+', r'\g<1>0.0', log.read_text()))
+    events = []
+    again = sweep.run(found, tmp_path / 'sweep', events.append, rungs=2)
+    assert [o.name for o in again] == [best.name, other.name] and not compiled(events)
+    with pytest.raises(UserError, match='before its first validation'):
+        sweep.run(found, tmp_path / 'sweep', rungs=4)
+
+
 def test_members_trained_one_by_one_leave_nothing_to_the_sweep(tmp_path):
     found = sweep.settings(load, ['seeds=2', 'epochs=1,2'])
     assert [(name[-1], c.seed) for name, c in sweep.members(found)] == [
         ('1', 0), ('1', 1), ('2', 0), ('2', 1),
     ]  # fmt: skip
     for number in range(4):
-        assert sweep.run_member(found, tmp_path / 'run', number, lambda event: None) == 'done'
+        assert (
+            sweep.run_member(found, tmp_path / 'run', number, lambda event: None).stopped == 'done'
+        )
     events = []
     outcomes = sweep.run(found, tmp_path / 'run', events.append)
     assert not compiled(events) and [len(o.group.members) for o in outcomes] == [2, 2]

@@ -17,6 +17,7 @@ to compile GoogLeNet's step):
 
 import argparse
 import math
+import sys
 import warnings
 from pathlib import Path
 
@@ -48,13 +49,21 @@ def load(name: str, epochs: float, train: str = 'train'):
     return config
 
 
+def run(config, workdir: Path):
+    """`fit` to its end; a signal ends the script, and repeating its command goes on."""
+    result = fit(config, workdir)
+    if result.stopped in ('SIGINT', 'SIGTERM'):
+        sys.exit(f'Stopped by {result.stopped}; all steps are saved. Repeat the command to go on.')
+    return result
+
+
 def images_per_second(name: str, runs: Path) -> float:
     """Of the second half of a short run."""
     images = TRIAL_STEPS * 128
     config = load(name, 1.0, f'train[:{images}]')
     config.data.validation = 'test[:128]'
     config.log_every_steps = TRIAL_STEPS // 2
-    records = fit(config, runs / f'trial-{name}').records
+    records = run(config, runs / f'trial-{name}').records
     return [r for r in records if r['kind'] == 'train'][-1]['images_per_second']
 
 
@@ -70,7 +79,7 @@ def main():
     for name in NETWORKS:
         speed = images_per_second(name, args.runs)
         epochs = round(args.minutes * 60 * speed / 50_000, 2)
-        result = fit(load(name, epochs), args.runs / name)
+        result = run(load(name, epochs), args.runs / name)
         train = [r for r in result.records if r['kind'] == 'train']
         seconds = math.fsum(r['examples'] / r['images_per_second'] for r in train)
         size = inspection.summarize(load(name, epochs))

@@ -20,6 +20,8 @@ network is as good as a fine-tuned one at 10, and 13 points worse than a fresh s
 """
 
 import argparse
+import math
+import sys
 import warnings
 from pathlib import Path
 
@@ -44,7 +46,7 @@ ARMS = {
 def train_source(seed: int, runs: Path):
     config = config_lib.load_file(HERE / 'transfer_source.py')
     config.seed = seed
-    fit(config, runs / f'source-{seed}')
+    run(config, runs / f'source-{seed}')
 
 
 def target(arm: str, per_class: int, seed: int, runs: Path):
@@ -69,6 +71,14 @@ def target(arm: str, per_class: int, seed: int, runs: Path):
     return config
 
 
+def run(config, workdir: Path):
+    """`fit` to its end; a signal ends the script, and repeating its command goes on."""
+    result = fit(config, workdir)
+    if result.stopped in ('SIGINT', 'SIGTERM'):
+        sys.exit(f'Stopped by {result.stopped}; all steps are saved. Repeat the command to go on.')
+    return result
+
+
 def measure(seeds: int, runs: Path) -> dict[str, dict[int, list[float]]]:
     """Accuracies by arm, size of the training set, and seed."""
     found = {arm: {size: [] for size in SIZES} for arm in ARMS}
@@ -77,7 +87,7 @@ def measure(seeds: int, runs: Path) -> dict[str, dict[int, list[float]]]:
         for size in SIZES:
             for arm in ARMS:
                 name = f'{arm.replace(" ", "-")}-{size}-{seed}'
-                value = fit(target(arm, size, seed, runs), runs / name).metrics['top1']
+                value = run(target(arm, size, seed, runs), runs / name).metrics['top1']
                 found[arm][size].append(value)
                 print(f'seed {seed}, {size:>5} a class, {arm:<13} {value:.2%}', flush=True)
     return found
@@ -87,7 +97,8 @@ def table(found) -> str:
     lines = [f'{"images a class":<15}' + ''.join(f'{size:>18,}' for size in SIZES)]
     for arm, values in found.items():
         cells = (intervals.mean_interval(values[size]) for size in SIZES)
-        lines.append(f'{arm:<15}' + ''.join(f'{mean:>10.2%} +- {half:.2%}' for mean, half in cells))
+        shown = (f'{mean:.2%}' + f' +- {half:.2%}' * math.isfinite(half) for mean, half in cells)
+        lines.append(f'{arm:<15}' + ''.join(f'{cell:>18}' for cell in shown))
     return '\n'.join(lines)
 
 

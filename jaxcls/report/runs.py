@@ -1,5 +1,6 @@
 """`jaxcls report`: finished runs as one HTML file, with its pictures beside it."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,14 +52,20 @@ def write(workdirs: Sequence[str | Path], out: str | Path) -> Path:
 def _write_pictures(groups, parts, curves, out: Path):
     for section in curves:
         page.figure(section).savefig(out / f'{_file_name(section["title"])}.png', dpi=120)
-    for group in groups:
-        name = _file_name(group.name)
+    names = _file_names([group.name for group in groups])
+    for group, name in zip(groups, names, strict=True):
         for section in parts[group.name]:
             if section['title'] == 'Calibration':
                 page.figure(section).savefig(out / f'reliability-{name}.png', dpi=120)
             elif section['kind'] == 'matrix' and len(section['names']) <= _CLASSES:
                 figure = pictures.confusion_matrix(section['counts'], section['names'])
                 figure.savefig(out / f'confusion-{name}.png', dpi=120)
+
+
+def _file_names(texts: Sequence[str]) -> list[str]:
+    """`_file_name` of each, numbered where a file system may take two for one."""
+    plain = [_file_name(text) for text in texts]
+    return [name if plain.count(name) == 1 else f'{name}-{i}' for i, name in enumerate(plain, 1)]
 
 
 def _file_name(text: str) -> str:
@@ -88,8 +95,11 @@ def headline(groups: Sequence[Group]) -> str:
     tested = significance.difference(best, second)
     if not tested:
         return f'{answer}.'
-    p = f'p = {tested[-1]:.2g}'
-    return f'{answer}, {"a difference beyond chance" if tested[-1] < 0.05 else "which may be chance"} ({p}).'
+    pairs = math.comb(len(ended), 2)  # the two were chosen among them
+    p = min(1.0, tested[-1] * pairs)
+    said = 'a difference beyond chance' if p < 0.05 else 'which may be chance'
+    allowed = f', allowing for {pairs} comparisons' if pairs > 1 else ''
+    return f'{answer}, {said} (p = {p:.2g}{allowed}).'
 
 
 def _accuracy(group: Group) -> str:
