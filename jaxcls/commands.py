@@ -416,7 +416,8 @@ def _run_evaluate(args) -> int:
 
 
 def _print_seeds(workdir: Path, result):
-    print(f'{workdir}, {len(result["members"])} seeds, {result["split"]}: mean +- 95% interval')
+    seeds = f'{len(result["members"])} of {result["seeds"]} seeds'
+    print(f'{workdir}, {seeds}, {result["split"]}: mean +- 95% interval')
     for key in ('top1', 'top5', 'log_loss', 'f1_macro', 'iou_mean', 'roc_auc_macro', 'ece'):
         if found := result['mean'].get(key):
             half = '' if found['half_width'] is None else f' +- {found["half_width"]:.4f}'

@@ -70,8 +70,8 @@ def load(
       label_noise: last, the share of labels to replace by those of other classes (`noisy_indices`).
 
     Raises:
-      UserError: the data set, the split or a file of it is not there or not what it should be; or
-        the split lacks the classes, or has too few examples of one.
+      UserError: the data set, the split or a file of it is not there or not what it should be; the
+        data have one class; or the split lacks the classes, or has too few examples of one.
     """
     dataset = _open(name, data_dir, seed)
     names = _kept_names(name, dataset.class_names, classes)
@@ -99,7 +99,13 @@ def _kept_names(name: str, known: tuple[str, ...], classes: tuple[int, ...]) -> 
             f'config.data.classes is {classes}; {name} has the classes 0 to {len(known) - 1}: give '
             'each of those to keep once, or () to keep all.'
         )
-    return tuple(known[k] for k in classes) or known
+    names = tuple(known[k] for k in classes) or known
+    if len(names) < 2:
+        listed = ', '.join(names) or 'none'
+        raise UserError(
+            f'{name} has the classes {listed}; there must be two or more to tell apart.'
+        )
+    return names
 
 
 def _choose(
@@ -192,11 +198,6 @@ def _noise(
 
 
 def _mislabel(labels: np.ndarray, classes: int, label_noise: float, seed: int) -> np.ndarray:
-    if label_noise and classes < 2:
-        raise UserError(
-            f'config.data.label_noise is {label_noise}, and the data have one class: there is no wrong '
-            'label. Set it to 0.'
-        )
     chosen, random = _noise(len(labels), label_noise, seed)
     if not len(chosen):
         return labels

@@ -264,8 +264,9 @@ def pixels(images: np.ndarray) -> np.ndarray:
     Not shifted by a mean, as for networks: with their background at 0, MNIST's digits are fitted by
     the linear classifiers up to ten times faster (measured), and others do not notice.
     """
-    values = np.asarray(images, np.float32)
-    return (values / np.float32(255)).reshape(len(values), -1)
+    values = np.array(images, np.float32)
+    values /= 255  # in place: training sets are large
+    return values.reshape(len(values), -1)
 
 
 def hog(images: np.ndarray, orientations: int, cell: int, block: int) -> np.ndarray:

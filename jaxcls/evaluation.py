@@ -104,24 +104,41 @@ def evaluate(
       tta: test-time augmentation, see `tta.make_predict`.
 
     Returns:
-      As `evaluate_run`. Of several seeds: `members`, one such dict each, and `mean`, the mean and
-      the half-width of the 95% t-interval of each number.
+      As `evaluate_run`; of a baseline, its result.json. Of several seeds: `split`; `seeds`, how many
+      the config has; `members`, one such dict for each that has ended; and `mean`, the mean and the
+      half-width of the 95% t-interval of each number.
 
     Raises:
-      UserError: no run, no checkpoint or no such split.
+      UserError: no run, no checkpoint, no such split, or no seed that has ended; or other than the
+        defaults of a baseline.
     """
     config = workdir_lib.read_config(Path(workdir))
     if config.seeds > 1:
-        places = [member.workdir for member in results.read(workdir).members]
-        found = [evaluate(place, split, checkpoint, tta) for place in places]
-        return {'split': found[0]['split'], 'members': found, 'mean': results.means(found)}
+        ended = [member.workdir for member in results.read(workdir).members if member.result]
+        if not ended:
+            raise UserError(
+                f'None of the {config.seeds} seeds of {workdir} has ended. Repeat its `jaxcls train`, '
+                f'or evaluate one as it is: {Path(workdir) / f"seed-{config.seed}"}.'
+            )
+        found = [evaluate(place, split, checkpoint, tta) for place in ended]
+        return {
+            'split': found[0]['split'],
+            'seeds': config.seeds,
+            'members': found,
+            'mean': results.means(found),
+        }
     if experiment_lib.is_baseline(config):
-        return _evaluate_baseline(Path(workdir), split)
+        return _evaluate_baseline(Path(workdir), split, checkpoint, tta)
     return evaluate_run(runs.open_run(workdir, checkpoint), split, tta)
 
 
-def _evaluate_baseline(workdir: Path, split: str) -> dict[str, Any]:
+def _evaluate_baseline(workdir: Path, split: str, checkpoint: str, tta: str) -> dict[str, Any]:
     """A baseline leaves no estimator to run again, but its predictions of the validation split."""
+    if (checkpoint, tta) != ('latest', 'none'):
+        raise UserError(
+            f'{workdir} is a baseline, which has neither checkpoints nor test-time augmentation: '
+            f'leave out --checkpoint={checkpoint} --tta={tta}.'
+        )
     [member] = results.read(workdir).members
     validation = member.config.data.validation
     if split not in ('', validation):
@@ -139,8 +156,8 @@ def evaluate_run(run: runs.Run, split: str = '', tta: str = 'none') -> dict[str,
     """Metrics of an opened run (or of trained weights, `experiment.open_weights`) on a split.
 
     Returns:
-      `metrics.summarize`'s numbers with `split`, `step`, `top1_interval` (Wilson, 95%), `confusion`
-      and `class_names`.
+      All of `predictions.summarize`, with `loss`, the mean of the config's, `split`, `step`,
+      `top1_interval` (Wilson, 95%) and `class_names`.
 
     Raises:
       UserError: no such split, or other classes than the run's.
@@ -158,7 +175,7 @@ def evaluate_run(run: runs.Run, split: str = '', tta: str = 'none') -> dict[str,
     return {
         'split': split,
         'step': run.step,
-        **metrics.summarize(sums),
+        'loss': metrics.summarize(sums)['loss'],
         **predictions_lib.summarize(evaluated.predictions()),
         'top1_interval': intervals.wilson_interval(int(sums['top1']), int(sums['examples'])),
         'class_names': list(run.class_names),

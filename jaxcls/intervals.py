@@ -28,7 +28,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
     p, z2 = successes / n, z * z / n
     center = (p + z2 / 2) / (1 + z2)
     half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n)) / (1 + z2)
-    return min(p, center - half), max(p, center + half)
+    return max(0.0, min(p, center - half)), min(1.0, max(p, center + half))
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
@@ -46,10 +46,13 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
         raise UserError('mean_interval got no values; give those of one run at least.')
     if n == 1:
         return float(values[0]), math.inf
+    return float(values.mean()), _half_width(values.std(ddof=1), n, confidence)
+
+
+def _half_width(deviation: float, n: int, confidence: float) -> float:
     from scipy.special import stdtrit  # slow to import
 
-    quantile = stdtrit(n - 1, (1 + confidence) / 2)
-    return float(values.mean()), float(quantile * values.std(ddof=1) / math.sqrt(n))
+    return float(stdtrit(n - 1, (1 + confidence) / 2) * deviation / math.sqrt(n))
 
 
 def bootstrap_interval(
@@ -63,24 +66,32 @@ def bootstrap_interval(
     """Interval of any statistic of one run's examples, such as macro F1, by drawing them again.
 
     Efron and Tibshirani, 1993, An Introduction to the Bootstrap. (-inf, inf) for one example; the
-    value twice where every draw gives the same; NaN where the statistic of a draw is NaN.
+    value twice where every draw gives the same; NaN where the statistic of a draw is NaN. Where BCa
+    is undefined it is the percentile interval.
 
     Args:
       columns: arrays `[N, ...]` of the same examples: one, or a tuple such as (label, predicted) or
         `predictions.Predictions`.
       statistic: of such columns, of any draw of N examples with replacement.
       confidence: in (0, 1).
-      resamples: how many draws.
+      resamples: how many draws, at least 2.
       method: 'percentile', or 'BCa' (Efron 1987), which corrects bias and skew and computes the
         statistic N times more.
-      seed: of the draws.
+      seed: of the draws, at least 0.
 
     Raises:
-      UserError: no examples, columns of different lengths, an unknown method, or confidence outside
-        (0, 1).
+      UserError: no examples, columns of different lengths or in a list, an unknown method, too few
+        resamples, a negative seed, or confidence outside (0, 1).
     """
     _check_confidence(confidence)
     require(method in ('percentile', 'BCa'), 'method', method, "'percentile' or 'BCa'")
+    require(resamples >= 2, 'resamples', resamples, 'at least 2')
+    require(seed >= 0, 'seed', seed, 'at least 0')
+    if isinstance(columns, list):
+        raise UserError(
+            'bootstrap_interval got a list, which may be one column or several; give an array, or a '
+            'tuple of arrays.'
+        )
     columns = [np.asarray(x) for x in (columns if isinstance(columns, tuple) else (columns,))]
     n = len(columns[0])
     if not n or any(len(column) != n for column in columns):
@@ -143,18 +154,24 @@ def mcnemar(right_a: np.ndarray, right_b: np.ndarray) -> dict[str, float]:
 
 
 def paired_interval(
-    a: Sequence[float], b: Sequence[float], confidence: float = 0.95
+    a: Sequence[float], b: Sequence[float], confidence: float = 0.95, resolution: float = 0.0
 ) -> tuple[float, float, float]:
     """How much better the runs `a` are than `b`, seed by seed: Student's paired t.
 
+    Args:
+      resolution: the smallest difference that a value can show, 1 / N for accuracies on N images. The
+        standard deviation of the differences is taken as at least it: a few may be equal by chance.
+
     Returns:
       The mean of a - b, the half-width of its interval and the two-sided p-value of no difference.
-      One pair says nothing: an infinite half-width, p-value 1. Differences that are all the same
-      leave nothing open: half-width 0, p-value 0 (1 where they are 0).
+      One pair says nothing: an infinite half-width, p-value 1. Differences that are all the same,
+      without a resolution: half-width 0, p-value 0 (1 where they are 0).
 
     Raises:
-      UserError: no values, different numbers of them, or confidence outside (0, 1).
+      UserError: no values, different numbers of them, confidence outside (0, 1), or a resolution
+        below 0.
     """
+    require(resolution >= 0, 'resolution', resolution, 'at least 0')
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape or a.ndim != 1 or not a.size:
         raise UserError(
@@ -164,12 +181,13 @@ def paired_interval(
     n = a.size
     if n == 1:
         return mean, half, 1.0
-    error = (a - b).std(ddof=1) / math.sqrt(n)
-    if error == 0:
+    deviation = np.maximum((a - b).std(ddof=1), resolution)
+    if deviation == 0:
         return mean, 0.0, float(mean == 0)
     from scipy.special import stdtr  # slow to import
 
-    return mean, half, 2 * float(stdtr(n - 1, -abs(mean) / error))
+    p = 2 * float(stdtr(n - 1, -abs(mean) * math.sqrt(n) / deviation))
+    return mean, _half_width(deviation, n, confidence), p
 
 
 def _check_confidence(confidence: float):

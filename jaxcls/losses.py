@@ -34,7 +34,7 @@ def cross_entropy(
     integer labels PyTorch's divides by the sum of the labels' weights instead.
 
     Args:
-      class_weights: one a class, each at least 0 and finite; () is 1 for all.
+      class_weights: one a class, each at least 0 and finite, not all 0; () is 1 for all.
       balance: weights from the classes' frequencies, as in `balanced_weights`: 'inverse' or
         'effective'; 'none' is 1 for all. They multiply `class_weights`.
       beta: of 'effective', in [0, 1).
@@ -111,7 +111,7 @@ def complement_cross_entropy(
     others = jnp.where(right, jnp.finfo(logits.dtype).min, logits)
     entropy = optax.safe_softmax_cross_entropy(others, jax.nn.softmax(others))
     plain = cross_entropy(logits, target, label_smoothing=label_smoothing)
-    return plain - complement_weight / (classes - 1) * entropy
+    return plain - complement_weight / max(classes - 1, 1) * entropy
 
 
 def sigmoid_cross_entropy(
@@ -288,6 +288,8 @@ def _check_range(field: str, value: float | tuple[float, ...]):
     fits = all(isinstance(v, (int, float)) and low <= v < high for v in values)
     below = 'finite' if high == math.inf else f'below {high:g}'
     require(fits, f'loss.{field}', value, f'at least {low:g} and {below}')
+    if isinstance(value, (tuple, list)):
+        require(not values or any(values), f'loss.{field}', value, 'above 0 for some class')
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:

@@ -21,8 +21,8 @@ from jaxcls.errors import UserError, require
 
 # The loss is smoothed over about a twentieth of the steps: its lag is the same part of any range.
 _PARTS = 20
-# Diverged: the smoothed loss is so many times the lowest.
-_DIVERGED = 4.0
+# Diverged: the smoothed loss has risen by so many times the size of the lowest.
+_DIVERGED = 3.0
 _MIN_STEPS = 2 * _PARTS
 _RAW, _SMOOTH, _CHOICE = '#bbbbbb', '#0b62a4', '#c2410c'
 
@@ -33,9 +33,10 @@ def lr_find(
     """Trains for some steps from the start of a run while the learning rate rises from low to high.
 
     Everything is the config's own (network and `init_from`, data, augmentation, loss, optimiser,
-    clipping, batch size) but schedule and warm-up. It ends early where the smoothed loss is above 4
-    times its lowest, or a step is not finite. Too few steps find too high a rate: give each power of
-    ten at least ten.
+    clipping, batch size) but schedule and warm-up. It ends early where the smoothed loss has risen from
+    its lowest by 3 times that, or 0.3 times the first where that is more (losses may fall to 0 and
+    below), or where a step is not finite. Too few steps find too high a rate: give each power of ten
+    at least ten.
 
     Returns:
       A number each a step: `learning_rate`; `raw`, the training loss before its update; `loss`, the
@@ -43,7 +44,7 @@ def lr_find(
       (or None) and those of `choose`.
 
     Raises:
-      UserError: a mistake in the config or the range, or a loss that does not fall.
+      UserError: a mistake in the config or the range, or as `choose`.
     """
     require(0 < low < high < math.inf, '--low', low, f'above 0 and below --high, {high:g}')
     require(steps >= _MIN_STEPS, '--steps', steps, f'at least {_MIN_STEPS}')
@@ -56,7 +57,8 @@ def lr_find(
         average = decay * average + (1 - decay) * loss
         raw.append(loss)
         smooth.append(average / (1 - decay ** (step + 1)))
-        if smooth[-1] > _DIVERGED * min(smooth):
+        lowest = min(smooth)
+        if smooth[-1] - lowest > _DIVERGED * max(abs(lowest), abs(smooth[0]) / 10):
             diverged = float(rates[step])
             break
     return {
@@ -78,7 +80,7 @@ def choose(rates: np.ndarray, loss: Sequence[float]) -> dict[str, float]:
       loss falls late, the steepest fall comes close to divergence.
 
     Raises:
-      UserError: it does not fall.
+      UserError: it does not fall, or a tenth of `minimum` is below the rates, so not tried.
     """
     half = len(rates) // _PARTS
     bottom = int(np.argmin(loss)) if len(loss) else 0
@@ -86,6 +88,11 @@ def choose(rates: np.ndarray, loss: Sequence[float]) -> dict[str, float]:
         raise UserError(
             f'The loss does not fall: after {len(loss)} of {len(rates)} steps it was lowest at a '
             f'learning rate of {rates[bottom]:.1e}. Start from a lower --low, or look at the config.'
+        )
+    if rates[bottom] / 10 < rates[0]:
+        raise UserError(
+            f'The loss is lowest at a learning rate of {rates[bottom]:.1e}, and a tenth of it, '
+            f'{rates[bottom] / 10:.1e}, was not tried. Start from a --low of at most that.'
         )
     offsets = np.arange(-half, half + 1)
     windows = np.lib.stride_tricks.sliding_window_view(loss[: bottom + 1], len(offsets))

@@ -116,14 +116,15 @@ def summarize(sums: Mapping[str, jax.Array]) -> dict[str, float]:
 
     Returns:
       `examples` and, of those in `sums`, the means `loss`, `top1`, `top5` in [0, 1], `log_loss` and
-      `brier` (scikit-learn's with `scale_by_half=False`); NaN without examples. With the bins of
+      `brier` (scikit-learn's with `scale_by_half=False`). With the bins of
       `calibration_sums` also `ece`, the expected calibration error: the mean over the examples of
       |accuracy - mean confidence| of their bin. With a `confusion` matrix also what scikit-learn
       gives with `zero_division=0`: `balanced_accuracy` (mean recall of the classes that have
       examples); `precision_`, `recall_` and `f1_` with `macro` (mean over the classes that are true
       or predicted at least once), `weighted` (by true examples) and `micro` (all three are top1);
       `iou_mean` (Jaccard, macro); `kappa` (Cohen's; NaN where one class is all that is true and
-      predicted) and `matthews` (0 where only one class is true, or only one predicted).
+      predicted) and `matthews` (0 where only one class is true, or only one predicted). Without
+      examples all are NaN but `examples`.
     """
     sums = jax.device_get(dict(sums))
     examples = int(sums['examples'])
@@ -163,18 +164,16 @@ def reliability(sums: Mapping[str, jax.Array]) -> list[dict[str, float | int | N
 def _averages(matrix: np.ndarray) -> dict[str, float]:
     classes = per_class(matrix)
     support, predicted = classes['support'], classes['predicted']
-    seen = support + predicted > 0
-    if not seen.any():
-        seen = ~seen
+    seen = (support + predicted > 0).sum()  # each of the others has 0 in all of them
     means = {'balanced_accuracy': _ratio(classes['recall'].sum(), (support > 0).sum())}
     for name in ('precision', 'recall', 'f1'):
         means |= {
-            f'{name}_macro': classes[name][seen].mean(),
+            f'{name}_macro': _ratio(classes[name].sum(), seen),
             f'{name}_micro': _ratio(np.trace(matrix), support.sum()),
             f'{name}_weighted': _ratio(classes[name] @ support, support.sum()),
         }
-    means['iou_mean'] = classes['iou'][seen].mean()
-    return {name: float(mean) for name, mean in means.items()} | _agreement(matrix)
+    means |= {'iou_mean': _ratio(classes['iou'].sum(), seen), **_agreement(matrix)}
+    return {name: float(mean) if support.any() else math.nan for name, mean in means.items()}
 
 
 def _agreement(matrix: np.ndarray) -> dict[str, float]:

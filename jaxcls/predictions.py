@@ -18,6 +18,10 @@ from jaxcls.errors import UserError
 
 TEMPERATURES = 0.05, 20.0  # the range that `temperature` looks in
 _ROWS = 4096  # examples at a time: 1,000 classes are 16 MB
+# What NumPy and zipfile raise on files that are cut or changed.
+_UNREADABLE = (
+    OSError, EOFError, ValueError, KeyError, TypeError, NotImplementedError, zipfile.BadZipFile,
+)  # fmt: skip
 
 
 class Predictions(NamedTuple):
@@ -39,16 +43,19 @@ def load(path: Path) -> Predictions:
     """Reads what `save` wrote.
 
     Raises:
-      UserError: missing or damaged.
+      UserError: missing, damaged or not float32 [N, K] and integers [N].
     """
     if not path.is_file():
         raise UserError(f'{path} is missing: the run has not ended. Repeat its `jaxcls train`.')
     try:
         with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
             predictions = Predictions(arrays['logits'], arrays['label'])
-        if predictions.logits.shape[:1] != predictions.label.shape:
-            raise ValueError(f'{predictions.logits.shape} logits, {predictions.label.shape} labels')
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        logits, label = predictions
+        shapes = logits.ndim == 2 and label.shape == logits.shape[:1]
+        if not shapes or logits.dtype != np.float32 or label.dtype.kind not in 'iu':
+            found = ', '.join(f'{x.dtype} {list(x.shape)}' for x in predictions)
+            raise ValueError(f'it has {found} in place of float32 [N, K] and integers [N]')
+    except _UNREADABLE as error:
         raise UserError(f'{path} is damaged: {error}. Restore it from a copy.') from None
     return predictions
 
@@ -181,19 +188,19 @@ def temperature(predictions: Predictions) -> float:
 
     The log loss is convex in the inverse of the temperature, whose slope is solved for 0. The result
     is in [0.05, 20]: at the lower end where all examples are right with room to spare, at the upper
-    where the classes are worse than guessed; 1 where no temperature changes anything (logits all
-    equal, no examples). Examples with a logit that is not finite are left out. Guo et al. 2017,
+    where the classes are worse than guessed; 1 where each example's logits are all equal, or there
+    is no example. Examples with a logit that is not finite are left out. Guo et al. 2017,
     https://arxiv.org/abs/1706.04599.
     """
     logits, label = (x[_finite(predictions)] for x in predictions)
+    if (logits == logits[:, :1]).all():
+        return 1.0
     slope = functools.cache(functools.partial(_slope, logits, label))
     low, high = (1 / t for t in reversed(TEMPERATURES))
-    if not len(label) or slope(low) == slope(high) == 0:
-        return 1.0
+    if slope(high) <= 0:  # first: gaps so wide that the loss is 0 throughout have slope 0 at both
+        return 1 / high
     if slope(low) >= 0:
         return 1 / low
-    if slope(high) <= 0:
-        return 1 / high
     from scipy.optimize import brentq  # slow to import
 
     return 1 / brentq(slope, low, high, xtol=1e-9, rtol=1e-9)
@@ -237,17 +244,17 @@ def label_issues(predictions: Predictions, count: int) -> np.ndarray:
     the label less the greatest of the others. The network must not have seen these examples. Those with a
     logit that is not finite are left out.
     """
-    p, label = probabilities(predictions), predictions.label
-    if not len(label):
-        return np.zeros(0, np.int64)
+    kept = np.flatnonzero(_finite(predictions))
+    finite = Predictions(*(x[kept] for x in predictions))
+    p, label = probabilities(finite), finite.label
     rows, classes = np.arange(len(label)), p.shape[1]
     own, support = p[rows, label], np.bincount(label, minlength=classes)
     means = np.bincount(label, own, classes) / np.maximum(support, 1)
     confident = np.where((support > 0) & (p >= means), p, -1)
-    suspect = (confident.max(-1) >= 0) & (confident.argmax(-1) != label) & _finite(predictions)
+    suspect = np.flatnonzero((confident.max(-1) >= 0) & (confident.argmax(-1) != label))
     p[rows, label] = -1
-    margin, found = own - p.max(-1), np.flatnonzero(suspect)
-    return found[np.argsort(margin[found], kind='stable')][:count]
+    margin = own - p.max(-1)
+    return kept[suspect[np.argsort(margin[suspect], kind='stable')]][:count]
 
 
 def ensemble(members: Sequence[Predictions]) -> Predictions:

@@ -14,6 +14,9 @@ from jaxcls import augment, losses, pipeline
 from jaxcls import experiment as experiment_lib
 from jaxcls.results import Member
 
+# Fields of models: what training drops at random.
+_RATES = ('dropout', 'aux_dropout', 'drop_path')
+
 
 class Propagation(NamedTuple):
     """By layer, in the order of the forward pass, on one batch of training images.
@@ -30,7 +33,7 @@ class Propagation(NamedTuple):
 
 
 def at_start(member: Member, examples: int = 256) -> Propagation:
-    """A run's network as it was before its first step, its seed's own."""
+    """A run's network as its seed draws it, whatever the run itself starts from (`init_from`, data)."""
     config, data = member.config, member.data
     training = experiment_lib.load_split(config, config.data.train)
     reader = experiment_lib.make_reader(config, training, train=False)
@@ -47,11 +50,12 @@ def at_start(member: Member, examples: int = 256) -> Propagation:
 def of(
     experiment: experiment_lib.Experiment, variables: Any, images: np.ndarray, label: jax.Array
 ) -> Propagation:
-    """Of given variables: images uint8 [B, H, W, C], label int32 [B]; batch statistics, no dropout.
+    """Of given variables: images uint8 [B, H, W, C], label int32 [B].
 
-    A norm sees the batch as in training.
+    A norm sees the batch as in training; nothing is dropped.
     """
     data, model = experiment.config.data, experiment.model
+    model = model.clone(**{rate: 0.0 for rate in _RATES if hasattr(model, rate)})
     image = augment.normalize(augment.to_float(jnp.asarray(images)), data.mean, data.std)
     target = jax.nn.one_hot(label, experiment.num_classes)
     order = []  # a traced dict comes back sorted
@@ -61,7 +65,6 @@ def of(
             {**variables, 'params': params},
             image.astype(model.dtype),
             train=True,
-            rngs={'dropout': jax.random.key(0)},
             mutable=['batch_stats'],
         )
         order[:] = [name for name in features if name in params] + ['head']

@@ -81,6 +81,11 @@ class Member:
         """Logits and labels of the validation split, as the run ended."""
         return predictions_lib.load(self.workdir / 'predictions.npz')
 
+    @functools.cached_property
+    def right(self) -> np.ndarray:
+        """bool [N]: which examples of `predictions` are."""
+        return predictions_lib.right(self.predictions)
+
     @property
     def diverged(self) -> str:
         """Why the run was given up, as far as it was; ''."""

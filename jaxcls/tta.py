@@ -18,6 +18,7 @@ from jaxcls.errors import UserError
 # uint8 [B, H, W, C] to the same.
 View = Callable[[jax.Array], jax.Array]
 
+MAX_VIEWS = 64
 # Augmentations that mix examples with each other, targets and all: no views of one image.
 MIXING = ('mixup', 'cutmix')
 
@@ -64,17 +65,17 @@ def make_views(
     Args:
       spec: a name of VIEWS: 'none'; 'flip' (the image and its mirror image); 'shift' (the image, and
         moved up, down, left and right by a pixel, by 2 from 64 pixels on); 'flip_shift' (these five
-        and their mirror images). Or a number N, such as '16': the image, and N - 1 draws of the run's
-        own `config.augment` without what mixes examples (MIXING). A draw is the same for all images,
-        so that batches and their padding have no say.
+        and their mirror images). Or a number N, such as '16', at most MAX_VIEWS: the image, and N - 1
+        draws of the run's own `config.augment` without what mixes examples (MIXING). A draw is the
+        same for all images, so that batches and their padding have no say.
       seed: of the draws. Those of a smaller number are among those of a larger one.
 
     Raises:
       UserError: neither, or a number where the run has no augmentation to draw from.
     """
-    if spec not in VIEWS and not (spec.isascii() and spec.isdigit() and int(spec) > 0):
+    if spec not in VIEWS and spec not in map(str, range(1, MAX_VIEWS + 1)):
         raise UserError(
-            f'--tta is {spec!r}; it must be {", ".join(VIEWS)} or the number of views, such as 16.'
+            f'--tta is {spec!r}; it must be {", ".join(VIEWS)} or the number of views, 1 to {MAX_VIEWS}.'
         )
     if spec in VIEWS or int(spec) == 1:
         fixed = VIEWS.get(spec, VIEWS['none'])

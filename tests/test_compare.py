@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 from scipy import stats
 
 import fake_runs
-from jaxcls import intervals
+from jaxcls import intervals, predictions
 from jaxcls.errors import UserError
 from jaxcls.report import compare, significance
 
@@ -112,10 +113,34 @@ def test_runs_on_other_images_or_without_predictions_are_not_tested(directory, t
         assert significance.significance(compare.read([directory / 'good', path])) is None
 
 
-def test_many_runs_are_tested_against_the_best_only(directory):
-    names = ['bad', 'three', 'good', 'worse', 'bad', 'bad', 'bad']
-    rows = significance.significance(groups(directory, *names))['rows']
-    assert len(rows) == 6 and {row[0] for row in rows} == {'good'}
+def test_of_many_runs_the_tests_against_the_best_are_shown_and_all_are_corrected_for(directory):
+    read = groups(directory, 'bad', 'three', 'good', 'worse', 'bad', 'bad', 'bad')
+    section = significance.significance(read)
+    assert len(section['rows']) == 6 and {row[0] for row in section['rows']} == {'good'}
+    assert 'the 21 tests of all pairs, of which those with the most accurate' in section['note']
+    pairs = [significance.difference(a, b) for a, b in itertools.combinations(read, 2)]
+    corrected = significance.holm([row[-1] for row in pairs])
+    expected = [p for row, p in zip(pairs, corrected, strict=True) if 'good' in row[:2]]
+    assert sorted(row[-1] for row in section['rows']) == pytest.approx(sorted(expected))
+
+
+def test_equal_differences_of_few_seeds_are_not_certain(directory, tmp_path):
+    better = fake_runs.write_group(tmp_path / 'better', [9, 13, 11])  # one mistake less, each
+    [[*_, difference, _, p]] = significance.significance(
+        compare.read([better, directory / 'three'])
+    )['rows']
+    assert p == pytest.approx(2 * stats.t.sf(np.sqrt(3), 2)) and difference['half'] > 1 / 360
+
+
+def test_runs_are_tested_at_a_seed_that_both_have(directory, tmp_path):
+    other = fake_runs.write(tmp_path / 'other', 40, seed=2)
+    three = groups(directory, 'three')[0]
+    found = significance.difference(three, compare.read([other])[0])
+    right = [
+        predictions.right(predictions.load(path / 'predictions.npz'))
+        for path in (directory / 'three' / 'seed-2', other)
+    ]
+    assert found[-1] == intervals.mcnemar(*right)['p_value']
 
 
 def test_holms_p_values_are_those_worked_out_by_hand():

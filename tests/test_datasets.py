@@ -359,11 +359,13 @@ def test_a_config_cuts_what_its_training_split_names_and_nothing_else():
     assert split.fingerprint == expected.fingerprint and len(split.source) < 500
 
 
-def test_noise_needs_a_second_class(tmp_path):
+def test_data_of_one_class_are_an_error(tmp_path):
     write_npz(tmp_path / 'a.npz', y_train=np.zeros(20, np.uint8), y_test=np.zeros(6, np.uint8))
-    with pytest.raises(UserError, match='label_noise is 0.1, and the data have one class'):
-        datasets.load(f'npz:{tmp_path}/a.npz', 'train', label_noise=0.1)
-    assert datasets.class_counts(datasets.load(f'npz:{tmp_path}/a.npz', 'train')) == (20,)
+    for opened in (datasets.load, datasets.describe):
+        with pytest.raises(UserError, match='a.npz has the classes 0; there must be two or more'):
+            opened(f'npz:{tmp_path}/a.npz', 'train')
+    with pytest.raises(UserError, match='has the classes 3; there must be two or more'):
+        datasets.load('digits', 'train', classes=(3,))
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -768,7 +770,7 @@ def test_damaged_npz_files_are_errors(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match='is not an npz file'):
         datasets.load(f'npz:{path}', 'train')
-    labels = np.zeros(20, np.uint8)
+    labels = np.arange(20, dtype=np.uint8) % 2
     np.savez(path, x_train=np.zeros((20, 50, 40), np.uint8), y_train=labels)
     whole = path.read_bytes()
     path.write_bytes(whole[:30_000] + b'x' + whole[30_001:])

@@ -69,6 +69,15 @@ def test_on_pixels_a_baseline_is_scikit_learn_on_pixels(digits, name):
     assert (ours == PLAIN[name].fit(rows[0], label).predict(rows[1])).all()
 
 
+def test_pixels_are_in_0_to_1_and_the_images_stay_as_they_are():
+    images = random_images()
+    expected = images.reshape(5, -1) / np.float32(255)
+    np.testing.assert_array_equal(estimators.pixels(images), expected)
+    given = images.astype(np.float32)
+    np.testing.assert_array_equal(estimators.pixels(given), expected)
+    np.testing.assert_array_equal(given, images)
+
+
 def test_pca_is_scikit_learns(digits):
     images, label = digits[:2]
     pipeline = BASELINES['knn'](features='pca', components=5).pipeline(0).fit(images, label)

@@ -29,6 +29,8 @@ def test_mean_interval_equal_to_scipy():
 def test_intervals_of_next_to_nothing():
     assert intervals.wilson_interval(0, 0) == (0.0, 1.0)
     assert intervals.mean_interval([0.5]) == (0.5, math.inf)
+    for n in range(1, 400):  # rounding goes either way
+        assert intervals.wilson_interval(0, n)[0] == 0 and intervals.wilson_interval(n, n)[1] == 1
 
 
 def macro_f1(label, predicted):
@@ -124,7 +126,20 @@ def test_paired_intervals_of_degenerate_values():
     assert intervals.paired_interval([0.75], [0.5]) == (0.25, math.inf, 1)
     assert intervals.paired_interval([0.5, 0.7], [0.5, 0.7]) == (0, 0, 1)
     assert intervals.paired_interval([0.5, 0.75], [0.25, 0.5]) == (0.25, 0, 0)
-    assert math.isnan(intervals.paired_interval([0.5, math.nan], [0.25, 0.5])[2])
+    for resolution in (0.0, 0.1):
+        found = intervals.paired_interval([0.5, math.nan], [0.25, 0.5], resolution=resolution)
+        assert all(map(math.isnan, found))
+
+
+def test_paired_differences_spread_at_least_by_the_resolution():
+    a, b, step = np.array([0.90, 0.91, 0.92]), np.array([0.89, 0.90, 0.91]), 0.01
+    mean, half, p = intervals.paired_interval(a, b, resolution=step)
+    assert mean == pytest.approx(0.01)
+    assert half == pytest.approx(scipy.stats.t.ppf(0.975, 2) * step / math.sqrt(3))
+    assert p == pytest.approx(2 * scipy.stats.t.sf(math.sqrt(3), 2))
+    assert intervals.paired_interval(b, b, resolution=step)[2] == 1
+    wide = [0.90, 0.95, 0.93]
+    assert intervals.paired_interval(wide, b, resolution=step) == intervals.paired_interval(wide, b)
 
 
 @pytest.mark.parametrize(
@@ -139,11 +154,15 @@ def test_paired_intervals_of_degenerate_values():
         lambda: intervals.bootstrap_interval((np.zeros(3), np.zeros(2)), np.mean),
         lambda: intervals.bootstrap_interval(np.zeros(3), np.mean, method='bca'),
         lambda: intervals.bootstrap_interval(np.zeros(3), np.mean, confidence=0),
+        lambda: intervals.bootstrap_interval(np.zeros(3), np.mean, resamples=1),
+        lambda: intervals.bootstrap_interval(np.zeros(3), np.mean, seed=-1),
+        lambda: intervals.bootstrap_interval([np.zeros(3), np.zeros(3)], np.mean),
         lambda: intervals.mcnemar(np.ones(3, bool), np.ones(2, bool)),
         lambda: intervals.mcnemar(np.ones(3), np.ones(3)),
         lambda: intervals.paired_interval([0.5, 0.6], [0.5]),
         lambda: intervals.paired_interval([], []),
         lambda: intervals.paired_interval([0.5, 0.6], [0.5, 0.4], confidence=95),
+        lambda: intervals.paired_interval([0.5, 0.6], [0.5, 0.4], resolution=-0.1),
     ],
 )
 def test_mistakes_are_user_errors(mistake):

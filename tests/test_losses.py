@@ -182,6 +182,10 @@ def test_complement_entropy_is_exact_where_the_right_class_is_certain():
     np.testing.assert_allclose(loss(rows([60.0, 1, 1, 1, 1]), target), -np.log(4) / 4, rtol=1e-6)
 
 
+def test_the_complement_of_one_class_is_nothing():
+    assert losses.complement_cross_entropy(jnp.ones((2, 1)), jnp.ones((2, 1))).tolist() == [0, 0]
+
+
 def test_mse_at_its_target_and_by_hand():
     target = rows(np.eye(K)[0])
     loss = make_loss(name='mse', target_weight=15.0, target_value=30.0)
@@ -356,6 +360,8 @@ def test_masked_mean_ignores_padding_and_is_0_of_nothing():
         ({'name': 'cross_entropy', 'label_smoothing': -0.1}, 'label_smoothing'),
         ({'name': 'cross_entropy', 'class_weights': (1.0, -1.0)}, 'class_weights is .*at least 0'),
         ({'name': 'cross_entropy', 'class_weights': ('1', '2')}, 'class_weights'),
+        ({'name': 'cross_entropy', 'class_weights': (0.0, 0.0)}, 'class_weights is .*above 0 for'),
+        ({'name': 'focal', 'alpha': [0, 0]}, 'alpha is .*above 0 for some class'),
         ({'name': 'cross_entropy', 'balance': 'invers'}, "Did you mean 'inverse'"),
         ({'name': 'cross_entropy', 'beta': 1.0}, 'beta'),
         ({'name': 'cross_entropy', 'alpha': (1.0,)}, 'no argument'),

@@ -68,6 +68,20 @@ def test_it_stops_where_the_loss_is_far_above_its_lowest_or_not_finite(monkeypat
     assert broken['diverged_at'] == pytest.approx(RATES[50])
 
 
+def test_a_loss_may_be_below_0(monkeypatch):
+    shifted = pretend(monkeypatch, valley(RATES) - 1.0)
+    assert shifted['diverged_at'] is None and min(shifted['loss']) < 0
+    to_zero = pretend(monkeypatch, [*np.linspace(2.0, -0.01, 60), *[0.0, 0.05] * 20])
+    assert to_zero['diverged_at'] is None
+    diverged = pretend(monkeypatch, [*np.linspace(-1.0, -2.0, 60), *[9.0] * 40])
+    assert len(diverged['raw']) < 65
+
+
+def test_a_suggestion_that_was_not_tried_is_an_error():
+    with pytest.raises(UserError, match='lowest at .* 3.1e-02, .* Start from a --low of at most'):
+        lr_find.choose(np.geomspace(4e-3, 10, 100), valley(np.geomspace(4e-3, 10, 100)))
+
+
 @pytest.mark.parametrize('losses', [[None], [1.0, 9.0], [*np.linspace(1, 2, 100)]])
 def test_a_loss_that_never_falls_is_an_error(monkeypatch, losses):
     with pytest.raises(UserError, match='does not fall: after .* Start from a lower --low'):

@@ -242,8 +242,8 @@ def test_no_examples_have_no_metrics():
     logits, label, loss, mask = split()
     summary = metrics.summarize(sums_of(logits, label, loss, ~mask))
     assert summary['examples'] == 0
-    assert all(math.isnan(summary[name]) for name in ('loss', 'top1', 'top5', 'log_loss', 'ece'))
-    assert summary['f1_macro'] == 0
+    del summary['examples']
+    assert 'f1_macro' in summary and all(map(math.isnan, summary.values()))
 
 
 def test_the_float32_sum_of_a_long_pass_stays_close():

@@ -267,6 +267,8 @@ def test_the_temperature_stays_in_its_range(kind, expected):
     logits = {'perfect': 9 * own, 'all wrong': -9 * own, 'constant': 0 * own, 'none': own[:0]}[kind]
     p = Predictions(logits, label[: len(logits)])
     assert predictions.temperature(p) == pytest.approx(expected)
+    wide = Predictions(np.float32(1e6) * p.logits, p.label)  # its loss is 0 in float64, or huge
+    assert predictions.temperature(wide) == pytest.approx(expected)
 
 
 def test_a_temperature_is_fitted_on_the_other_examples():
@@ -329,6 +331,11 @@ def test_label_issues_by_hand():
     p = Predictions(np.log(probabilities).astype(np.float32), label)
     assert predictions.label_issues(p, 10).tolist() == [2]
     assert predictions.label_issues(Predictions(p.logits[:0], label[:0]), 10).tolist() == []
+    lost = Predictions(
+        np.append(np.full((4, 2), np.nan, np.float32), p.logits, 0), np.append([1] * 4, label)
+    )
+    # If they lowered class 1's mean, the last one would be confidently of it, too.
+    assert predictions.label_issues(lost, 10).tolist() == [6]
     p.logits[2] = np.nan
     assert predictions.label_issues(p, 10).tolist() == []
 
@@ -394,14 +401,26 @@ def test_files_give_back_what_was_saved(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ['predictions.npz']
 
 
-@pytest.mark.parametrize('damage', ['missing', 'cut', 'empty', 'other'])
+OTHERS = {
+    'lengths': (np.zeros((3, 2), np.float32), np.zeros(4, np.int32)),
+    'one axis': (np.zeros(3, np.float32), np.zeros(3, np.int32)),
+    'doubles': (np.zeros((3, 2)), np.zeros(3, np.int32)),
+    'labels': (np.zeros((3, 2), np.float32), np.zeros(3, np.float32)),
+}
+
+
+@pytest.mark.parametrize('damage', ['missing', 'cut', 'empty', 'method', *OTHERS])
 def test_damaged_files_are_user_errors(tmp_path, damage):
     path = tmp_path / 'predictions.npz'
     predictions.save(path, split(20))
     if damage == 'missing':
         path.unlink()
-    elif damage == 'other':
-        np.savez(path, logits=np.zeros((3, 2)), label=np.zeros(4))
+    elif damage in OTHERS:
+        np.savez(path, **dict(zip(('logits', 'label'), OTHERS[damage], strict=True)))
+    elif damage == 'method':  # of compression, which zipfile does not know
+        data = bytearray(path.read_bytes())
+        data[8] = data[data.index(b'PK\x01\x02') + 10] = 99
+        path.write_bytes(data)
     else:
         path.write_bytes(path.read_bytes()[: 100 if damage == 'cut' else 0])
     with pytest.raises(UserError, match='predictions.npz'):

@@ -33,6 +33,14 @@ def test_the_numbers_of_a_network_of_one_layer_by_hand():
     assert found.gradient[1] == pytest.approx(head, rel=1e-5)
 
 
+def test_nothing_is_dropped():
+    images, label = np.full((4, 8, 8, 1), 9, np.uint8), jnp.arange(4)
+    plain, dropping = (
+        propagation.of(*fresh(hidden=(16,), dropout=rate), images, label) for rate in (0.0, 0.5)
+    )
+    assert dropping == plain
+
+
 def test_the_layers_are_in_order_and_sigmoids_lose_the_gradient():
     experiment, variables = fresh(hidden=(16,) * 11, activation='sigmoid', head_init='he_normal')
     images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)

@@ -10,6 +10,8 @@ from jaxcls import experiment as experiment_lib
 from jaxcls import tta
 from jaxcls.errors import UserError
 
+pytestmark = pytest.mark.xdist_group('tta')  # trains its network once
+
 SHAPE, CLASSES = (8, 8, 1), 4
 
 
@@ -110,7 +112,7 @@ def test_views_are_as_many_in_parts_as_at_once(plain, monkeypatch):
     np.testing.assert_allclose(one_by_one, at_once, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('spec', ['', 'flop', '0', '-2', '2.5', '²'])
+@pytest.mark.parametrize('spec', ['', 'flop', '0', '-2', '2.5', '²', '65', '9' * 5000])
 def test_unknown_views_list_the_known_ones(plain, spec):
     with pytest.raises(UserError, match='must be none, flip, shift, flip_shift or the number of'):
         tta.make_predict(plain[0], spec)

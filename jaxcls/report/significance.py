@@ -7,27 +7,33 @@ from typing import Any
 import numpy as np
 
 from jaxcls import intervals
-from jaxcls import predictions as predictions_lib
 from jaxcls.errors import UserError
 from jaxcls.report.page import Section
 from jaxcls.results import Group, Member
 
-# With more runs, each is tested against the best one only.
+# With more runs, only the tests against the best one are shown.
 _ALL_PAIRS = 6
 
 
 def significance(groups: Sequence[Group]) -> Section | None:
     """Which differences in accuracy are more than chance, two runs at a time; None where none is testable.
 
-    Paired t over common seeds where both have several, McNemar's test of their first runs otherwise.
+    Paired t over common seeds where both have several, McNemar's test of one run each otherwise.
+    Holm's correction is for all pairs, also where only those with the best run are shown: which one
+    is best is chance, too.
     """
     ended = [group for group in groups if any(m.result for m in group.members)]
-    pairs = list(itertools.combinations(ended, 2))
-    if len(ended) > _ALL_PAIRS:
+    many = len(ended) > _ALL_PAIRS
+    if many:
         best = max(ended, key=lambda group: group.mean('top1')[0])
-        pairs = [(best, group) for group in ended if group is not best]
-    rows = [row for a, b in pairs if (row := difference(a, b))]
-    if not rows:
+        ended = [best, *(group for group in ended if group is not best)]
+    pairs = itertools.combinations(ended, 2)
+    tested = [(a, row) for a, b in pairs if (row := difference(a, b))]
+    adjusted = holm([row[-1] for _, row in tested])
+    shown = [
+        [*row, p] for (a, row), p in zip(tested, adjusted, strict=True) if not many or a is best
+    ]
+    if not shown:
         return None
     columns = ['run', 'against', 'difference', 'test', 'p']
     formats = ['text', 'text', 'percent', 'text', 'number']
@@ -36,36 +42,34 @@ def significance(groups: Sequence[Group]) -> Section | None:
         'whether training again would show it; McNemar, on images that only one of two runs gets right, '
         'whether other images would.'
     )
-    if len(rows) > 1:
+    if len(tested) > 1:
         columns, formats = [*columns, "p, Holm's"], [*formats, 'number']
-        adjusted = holm([row[-1] for row in rows])
-        rows = [[*row, p] for row, p in zip(rows, adjusted, strict=True)]
-        note += f" Holm's p allows for {len(rows)} tests."
+        note += f" Holm's p allows for the {len(tested)} tests of all pairs"
+        note += ', of which those with the most accurate run are shown.' if many else '.'
     return {
         'kind': 'table',
         'title': 'Is the difference more than chance?',
         'note': note,
         'columns': columns,
         'formats': formats,
-        'rows': rows,
+        'rows': [row[: len(columns)] for row in shown],
     }
 
 
 def difference(a: Group, b: Group) -> list[Any] | None:
     """A row of `significance`: run, against, difference, test, p; None where nothing can be tested."""
-    first, second = (
-        {m.config.seed: m.result['top1'] for m in group.members if m.result} for group in (a, b)
-    )
-    ours, theirs = (next(m for m in group.members if m.result) for group in (a, b))
+    sides = [{m.config.seed: m for m in group.members if m.result} for group in (a, b)]
+    seeds = sorted(sides[0].keys() & sides[1].keys())
+    ours, theirs = (side[seeds[0]] if seeds else next(iter(side.values())) for side in sides)
     if not _same_images(ours, theirs):
         return None
-    seeds = sorted(first.keys() & second.keys())
     if len(seeds) > 1:
-        values = [[side[seed] for seed in seeds] for side in (first, second)]
-        mean, half, p = intervals.paired_interval(*values)
+        values = [[side[seed].result['top1'] for seed in seeds] for side in sides]
+        resolution = 1 / max(len(ours.predictions.label), 1)
+        mean, half, p = intervals.paired_interval(*values, resolution=resolution)
         better = {'mean': mean, 'half': half, 'n': len(seeds)}
         return [a.name, b.name, better, f'paired t, {len(seeds)} seeds', p]
-    right = [predictions_lib.right(member.predictions) for member in (ours, theirs)]
+    right = [member.right for member in (ours, theirs)]
     found = intervals.mcnemar(*right)
     better = (found['only_a'] - found['only_b']) / max(len(right[0]), 1)
     test = f'McNemar, {found["only_a"]} to {found["only_b"]}'
