@@ -14,6 +14,8 @@ from jaxcls import config as config_lib
 from jaxcls import fit, sharding, workdir
 from jaxcls.errors import UserError
 
+pytestmark = pytest.mark.xdist_group('sharding')  # trains the run of one device once
+
 TWO_PROCESSES = Path(__file__).parent / 'two_processes.py'
 
 
@@ -56,7 +58,7 @@ def test_eight_devices_give_the_losses_of_one(one, tmp_path, monkeypatch, parame
     assert kernel.is_fully_replicated == (parameters == 'replicated')
 
 
-def run_two_processes(directory, pipeline):
+def run_two_processes(directory, *pipelines):
     """Exit statuses and what the two printed on standard error."""
     with socket.socket() as free:
         free.bind(('localhost', 0))
@@ -64,7 +66,7 @@ def run_two_processes(directory, pipeline):
     variables = {'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': '2'}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(TWO_PROCESSES), str(directory), pipeline],
+            [sys.executable, str(TWO_PROCESSES), str(directory), *pipelines],
             env={**os.environ, **variables, 'JAX_PROCESS_ID': str(i)},
             stderr=subprocess.PIPE,
             text=True,
@@ -75,15 +77,15 @@ def run_two_processes(directory, pipeline):
     return [process.returncode for process in processes], errors
 
 
-@pytest.mark.parametrize('pipeline', ['resident', 'stream'])
-def test_two_processes_give_the_losses_of_one(one, tmp_path, pipeline):
-    statuses, errors = run_two_processes(tmp_path, pipeline)
+def test_two_processes_give_the_losses_of_one(one, tmp_path):
+    statuses, errors = run_two_processes(tmp_path, 'resident', 'stream')
     assert statuses == [0, 0], errors
-    np.testing.assert_allclose(losses(tmp_path), losses(one), rtol=1e-5)
+    for pipeline in ('resident', 'stream'):
+        np.testing.assert_allclose(losses(tmp_path / pipeline), losses(one), rtol=1e-5)
 
 
 def test_a_mistake_that_one_process_finds_ends_both(tmp_path):
-    with workdir.locked(tmp_path):
+    with workdir.locked(tmp_path / 'resident'):
         begin = time.monotonic()
         statuses, errors = run_two_processes(tmp_path, 'resident')
     assert statuses == [2, 2], errors

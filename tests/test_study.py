@@ -5,6 +5,8 @@ import pytest
 from jaxcls import results, study
 from jaxcls.errors import UserError
 
+pytestmark = pytest.mark.xdist_group('study')  # trains its studies once
+
 FILE = """
 from jaxcls import study
 

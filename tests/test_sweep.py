@@ -10,6 +10,8 @@ from jaxcls import config as config_lib
 from jaxcls import experiment, fit, results, runs, seeds, sweep
 from jaxcls.errors import UserError
 
+pytestmark = pytest.mark.xdist_group('sweep')  # trains its seeds once
+
 
 @pytest.fixture(scope='module', autouse=True)
 def no_pictures():

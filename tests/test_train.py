@@ -12,6 +12,8 @@ from jaxcls import evaluate, fit, loop, pipeline, sharding, workdir
 from jaxcls import experiment as experiment_lib
 from jaxcls.errors import UserError
 
+pytestmark = pytest.mark.xdist_group('train')  # trains its first run once
+
 
 def small(**fields):
     config = config_lib.get_config()

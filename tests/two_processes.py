@@ -9,11 +9,12 @@ sharding.start_processes()
 if __name__ == '__main__':
     from test_sharding import config
 
-    directory, pipeline = sys.argv[1:]
-    run = config()
-    run.data.pipeline = pipeline
-    try:
-        fit(run, directory)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    directory, *pipelines = sys.argv[1:]
+    for pipeline in pipelines:
+        run = config()
+        run.data.pipeline = pipeline
+        try:
+            fit(run, f'{directory}/{pipeline}')
+        except UserError as error:
+            print(error, file=sys.stderr)
+            sys.exit(2)
