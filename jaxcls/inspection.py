@@ -207,11 +207,11 @@ def cost(experiment: experiment_lib.Experiment, state: steps.TrainState) -> dict
     return {
         'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         'flops': count_flops(experiment.predict, variables, image),
-        'peak_bytes': _peak_bytes(),
+        'peak_bytes': peak_bytes(),
     }
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """Of the device's memory; on CPU, of this process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if 'peak_bytes_in_use' in stats:

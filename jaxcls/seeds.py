@@ -145,7 +145,7 @@ def fit_together(
             'The split is too large to lie on the device; set config.seeds_per_program=1.'
         )
     experiment = experiment_lib.build_for(config, data)
-    like = _stack_shapes(experiment_lib.abstract_checkpoint(experiment, mesh), len(members))
+    like = stack_shapes(experiment_lib.abstract_checkpoint(experiment, mesh), len(members))
     directory = _directory(members, workdir)
     with contextlib.ExitStack() as stack:
 
@@ -167,7 +167,7 @@ def fit_together(
         )
         examples, bad_steps = jax.device_get((tree[1]['examples'], tree[0].bad_steps))
         order = functools.partial(
-            _orders, [c.seed for c in configs], experiment.examples, config.batch_size
+            orders, [c.seed for c in configs], experiment.examples, config.batch_size
         )
         feed = pipeline.resident(reader, order, mesh)
         many = _Many(
@@ -190,17 +190,18 @@ def fit_together(
     return stopped
 
 
-def _stack_shapes(like, count: int):
+def stack_shapes(like, count: int):
+    """The shapes of `count` runs' trees as one."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype, sharding=leaf.sharding),
         like,
     )
 
 
-def _orders(seeds: list[int], examples: int, batch_size: int, step: int) -> dict[str, np.ndarray]:
+def orders(seeds: list[int], examples: int, batch_size: int, step: int) -> dict[str, np.ndarray]:
     """`pipeline.training_order` of each seed, stacked: [seeds, B]."""
-    orders = [pipeline.training_order(seed, examples, batch_size, step) for seed in seeds]
-    return {key: np.stack([order[key] for order in orders]) for key in orders[0]}
+    found = [pipeline.training_order(seed, examples, batch_size, step) for seed in seeds]
+    return {key: np.stack([order[key] for order in found]) for key in found[0]}
 
 
 def _initial_state(experiment, configs: list[ConfigDict], like) -> steps.TrainState:

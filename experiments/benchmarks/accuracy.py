@@ -1,0 +1,133 @@
+"""(f) Time to accuracy: the same recipe by us and by a PyTorch loop, from the start of each process.
+
+    python experiments/benchmarks/accuracy.py [lenet5 resnet20] [--pairs=3] [--out=accuracy.json]
+
+LeNet-5 to 98.5% of MNIST's test split, ResNet-20 to 70% of CIFAR-10's (80% on a GPU): SGD with momentum
+and a cosine, both validated as often. In turn; seconds until the accuracy is first seen, all included but
+reading the split: compilation, evaluation, the interpreter. Each pair has its own seed.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import program
+
+EPOCHS = {'lenet5': 2.0, 'resnet20': 6.0}
+EVERY = {'lenet5': 0.25, 'resnet20': 0.5}
+TARGET = {'lenet5': 0.985, 'resnet20': 0.7}
+
+
+def ours(name: str, seed: int, target: float) -> float:
+    """`fit`, until a validation reaches the target."""
+    from ml_collections import ConfigDict
+
+    from jaxcls import fit
+
+    class Reached(Exception):
+        pass
+
+    def look(event):
+        if event['kind'] == 'validation' and event['top1'] >= target:
+            raise Reached
+
+    config = ConfigDict(program.config_of(name).to_dict())
+    config.epochs, config.seed, config.learning_rate = EPOCHS[name], seed, 0.05
+    config.validate_every_epochs, config.log_every_steps = EVERY[name], 1000
+    config.checkpoint_every_epochs = EPOCHS[name]
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            fit(config, folder, look)
+        except Reached:
+            return time.perf_counter() - begin
+    return float('nan')
+
+
+def theirs(name: str, seed: int, target: float) -> float:
+    """The PyTorch loop of program.py, with the same schedule and validations."""
+    import peers
+    import torch
+    from torch.nn import functional as F
+
+    from jaxcls import experiment, pipeline
+
+    torch.manual_seed(seed)
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    loader, images = program.torch_batches(name)
+    test = experiment.open_data(program.config_of(name)).validation
+    x, y = (torch.from_numpy(a) for a in pipeline.load_arrays(pipeline.Reader(test)))
+    x = ((x.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25).to(device)
+    begin = time.perf_counter()
+    model = getattr(peers, name)().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    total = round(EPOCHS[name] * images / 128)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    every, step = round(EVERY[name] * images / 128), 0
+    while step < total:
+        for batch, label in loader:
+            batch = batch.to(device, memory_format=torch.channels_last)
+            loss = F.cross_entropy(model(batch), label.to(device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            step += 1
+            if step % every == 0 or step == total:
+                model.eval()
+                with torch.inference_mode():
+                    found = torch.cat([model(part).argmax(1).cpu() for part in x.split(500)])
+                model.train()
+                if (found == y).float().mean() >= target:
+                    return time.perf_counter() - begin
+            if step == total:
+                break
+    return float('nan')
+
+
+def main():
+    """Times the pairs and prints, or is one of them."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('networks', nargs='*', default=['lenet5'], help=', '.join(EPOCHS))
+    parser.add_argument('--pairs', type=int, default=3)
+    parser.add_argument('--target', type=float, default=None)
+    parser.add_argument('--out', type=Path, default=None)
+    parser.add_argument('--worker', default='')
+    parser.add_argument('--seed', type=int, default=0)
+    args = parser.parse_args()
+    if args.worker:
+        [name] = args.networks
+        out = os.fdopen(os.dup(1), 'w')
+        os.dup2(2, 1)
+        side = {'ours': ours, 'torch': theirs}[args.worker]
+        print(side(name, args.seed, args.target or TARGET[name]), file=out)
+        return
+    rows = []
+    for name in args.networks:
+        times = {'ours': [], 'torch': []}
+        for seed in range(args.pairs):
+            for side, found in times.items():
+                command = [sys.executable, __file__, name, '--worker', side, '--seed', str(seed)]
+                if args.target:
+                    command += ['--target', str(args.target)]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                found.append(float(done.stdout.splitlines()[-1]))
+        ratios = sorted(a / b for a, b in zip(*times.values(), strict=True))
+        rows.append({'network': name, **times, 'ratio': [statistics.median(ratios), *ratios]})
+        medians = '  '.join(
+            f'{side} {statistics.median(found):.1f} s' for side, found in times.items()
+        )
+        print(f'{name:<10}{medians}  ratio {rows[-1]["ratio"][0]:.2f} {ratios}', flush=True)
+    if args.out:
+        args.out.write_text(json.dumps({'rows': rows}, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    main()

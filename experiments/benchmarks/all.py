@@ -1,0 +1,80 @@
+"""Every benchmark: prints their tables, and writes them as JSON with a picture of the ratios.
+
+    pip install -e '.[bench]'
+    python experiments/benchmarks/all.py [--only step program ...] [--out=runs/benchmarks]
+
+Leave the machine alone meanwhile. What is compared, and how, stands at the top of each script.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPTS = ('step', 'program', 'reading', 'startup', 'growth', 'accuracy')
+FOLDER = Path(__file__).parent
+
+
+def plot(found: dict, path: Path):
+    """Our time over the fastest peer's, a bar for each comparison with its spread."""
+    from matplotlib.figure import Figure
+
+    rows = [
+        row
+        for name in ('step', 'program', 'accuracy')
+        for row in found.get(name, {}).get('rows', [])
+    ]
+    rows = [row for row in rows if 'ratio' in row]
+    if not rows:
+        return
+    labels = [f'{row["network"]}, {row.get("mode", "whole program")}' for row in rows]
+    figure = Figure(figsize=(7, 0.8 + 0.3 * len(rows)), layout='constrained')
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        middle, low, high = row['ratio'][0], row['ratio'][1], row['ratio'][-1]
+        axes.barh(place, middle, color='#0b62a4' if middle <= 1 else '#d1702c')
+        axes.plot([low, high], [place, place], color='black', linewidth=1)
+    axes.axvline(1, color='black', linewidth=0.8, linestyle='--')
+    axes.set_yticks(range(len(rows)), labels)
+    axes.invert_yaxis()
+    axes.set(xlabel='time of jaxcls / time of the fastest peer (below 1 is faster)')
+    figure.savefig(path, dpi=120)
+
+
+def machine() -> dict:
+    """What the numbers were taken on."""
+    import importlib.metadata
+
+    packages = ('jax', 'jaxlib', 'flax', 'torch', 'torchvision', 'tensorflow')
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {'cores': os.cpu_count(), 'machine': platform.machine(), **versions}
+
+
+def main():
+    """Runs the scripts one after another."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--only', nargs='+', default=SCRIPTS, choices=SCRIPTS)
+    parser.add_argument('--out', type=Path, default=Path('runs/benchmarks'))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    found = {'machine': machine()}
+    for name in args.only:
+        out = args.out / f'{name}.json'
+        print(f'\n{name}', flush=True)
+        subprocess.run([sys.executable, FOLDER / f'{name}.py', '--out', out], check=True)
+        found[name] = json.loads(out.read_text())
+        (args.out / 'benchmarks.json').write_text(json.dumps(found, indent=1) + '\n')
+    plot(found, args.out / 'benchmarks.png')
+    print(f'\n{args.out / "benchmarks.json"}, {args.out / "benchmarks.png"}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,107 @@
+"""Programs timed against each other: each in its own process, on the same work, in turn.
+
+A worker calls `serve(prepare)`. Its parent calls `interleave(commands)`, which starts one process after
+another, and then lets each run alone, one after the other and so on.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+
+class Timing(NamedTuple):
+    """Seconds of each round, and what the worker says of itself."""
+
+    seconds: list[float]
+    about: dict[str, Any]
+
+
+def serve(prepare: Callable[[], tuple[Callable[[], None], dict[str, Any]]]):
+    """In the worker: prepares (compiles, warms up) once, then runs as often as it is asked to.
+
+    Args:
+      prepare: returns the work, which has ended when it returns, and what to say about it.
+    """
+    out = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)  # whatever the libraries print
+    begin = time.perf_counter()
+    work, about = prepare()
+    print(json.dumps({'prepare': time.perf_counter() - begin, **about}), file=out, flush=True)
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        work()
+        print(time.perf_counter() - begin, file=out, flush=True)
+
+
+def interleave(
+    commands: dict[str, Sequence[str]], rounds: int, env: dict[str, dict[str, str]] | None = None
+) -> dict[str, Timing]:
+    """Times workers in turn, after one round that does not count.
+
+    Args:
+      commands: by name: the worker's script and arguments.
+      env: by name: more variables of its environment.
+
+    Raises:
+      RuntimeError: a worker ended.
+    """
+    workers, about = {}, {}
+    try:
+        for name, command in commands.items():
+            workers[name] = subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, **(env or {}).get(name, {})},
+                text=True,
+            )
+            about[name] = json.loads(_line(workers[name], name))
+        seconds = {name: [] for name in workers}
+        for i in range(rounds + 1):
+            for name, worker in workers.items():
+                print('go', file=worker.stdin, flush=True)
+                took = float(_line(worker, name))
+                if i:
+                    seconds[name].append(took)
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.wait()
+    return {name: Timing(seconds[name], about[name]) for name in workers}
+
+
+def _line(worker: subprocess.Popen, name: str) -> str:
+    line = worker.stdout.readline()
+    if not line:
+        raise RuntimeError(f'The worker {name!r} ended with status {worker.wait()}; see above.')
+    return line
+
+
+def summary(timings: dict[str, Timing]) -> dict[str, Any]:
+    """What is printed and written of timings: of each worker seconds of a unit of its work, and our ratio.
+
+    A worker says in `units` how many its work has: steps, images. `ratio` is the median, the smallest
+    and the largest of our time over that of the fastest peer, round by round; below 1 is faster.
+    """
+    row = {}
+    for name, (seconds, about) in timings.items():
+        each = [s / about['units'] for s in seconds]
+        row[name] = {**about, 'seconds': each, 'median': statistics.median(each)}
+    peers = [name for name in timings if name != 'ours']
+    if 'ours' in row and peers:
+        best = min(peers, key=lambda name: row[name]['median'])
+        both = zip(row['ours']['seconds'], row[best]['seconds'], strict=True)
+        ratios = sorted(a / b for a, b in both)
+        row |= {'fastest peer': best, 'ratio': [statistics.median(ratios), ratios[0], ratios[-1]]}
+    return row
+
+
+def show_ratio(row: dict[str, Any]) -> str:
+    """Such as ' 0.93 (0.90 to 0.97)'; blank without a peer."""
+    text = '{:5.2f} ({:.2f} to {:.2f})'.format(*row['ratio']) if 'ratio' in row else ''
+    return f'{text:<23}'

@@ -1,0 +1,223 @@
+"""(a) The train and the inference step against PyTorch's, eager and compiled, interleaved.
+
+    python experiments/benchmarks/step.py [lenet5 resnet20 ...] [--rounds=7] [--out=step.json]
+
+The same network, uint8 batch and float32, SGD with momentum and an L2 penalty; the batch is on the device
+already. PyTorch is channels_last on CPU. A line gives medians in milliseconds, our time over the faster of
+PyTorch's two with its spread, seconds to compile, and the least time that the convolutions' and products'
+FLOPs take at the rate of this machine's matrix products.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import pairs
+
+# Network: (batch size on CPU, batch size on an accelerator, image size, channels, classes, our fields).
+CASES = {
+    'lenet5': (128, 1024, 28, 1, 10, {}),
+    'resnet20': (128, 1024, 32, 3, 10, {}),
+    'resnet18': (128, 1024, 32, 3, 10, {'stem': 'small'}),
+    'wrn16_4': (128, 1024, 32, 3, 10, {}),
+    'resnet50': (8, 128, 224, 3, 1000, {}),
+    'mobilenet_v2': (8, 128, 224, 3, 1000, {'dropout': 0.0}),
+}
+SECONDS = 0.5  # that a round should take at least
+
+
+def repeated(work, block):
+    """The work so often that it takes long enough to time, and how often that is."""
+    block(work())
+    begin = time.perf_counter()
+    block(work())
+    count = max(1, round(SECONDS / (time.perf_counter() - begin)))
+
+    def run():
+        for _ in range(count):
+            last = work()
+        block(last)
+
+    return run, count
+
+
+def random_batch(name: str, accelerator: bool):
+    import numpy as np
+
+    on_cpu, on_accelerator, size, channels, classes, _ = CASES[name]
+    batch = on_accelerator if accelerator else on_cpu
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (batch, size, size, channels), np.uint8)
+    return images, rng.integers(0, classes, batch, np.int32)
+
+
+def ours(name: str, mode: str, precision: str):
+    """Our step, as `fit` and `evaluate` compile it."""
+    import jax
+    import numpy as np
+
+    from jaxcls import config as config_lib
+    from jaxcls import experiment as experiment_lib
+    from jaxcls import inspection, sharding, steps
+
+    accelerator = jax.default_backend() != 'cpu'
+    images, labels = random_batch(name, accelerator)
+    *_, classes, fields = CASES[name]
+    config = config_lib.get_config()
+    config.model = {'name': name, **fields}
+    config.optimizer = {'name': 'sgd'}
+    config.l2, config.augment, config.precision = 5e-4, [], precision
+    channels = images.shape[-1]
+    config.data.mean, config.data.std = (0.5,) * channels, (0.25,) * channels
+    config.batch_size = len(images)
+    config = experiment_lib.resolve(config)
+    experiment = experiment_lib.build(config, images.shape[1:], classes, 10_000)
+    mesh = sharding.make_mesh()
+    like = experiment_lib.abstract_checkpoint(experiment, mesh)
+    state = experiment_lib.initial_state(experiment, like[0])
+    rows = {'label': labels, 'index': labels, 'epoch': labels * 0, 'mask': labels >= 0}
+    batch = jax.device_put({'image': images, **rows}, sharding.split_batch(mesh))
+    flops = inspection.count_flops(
+        experiment.predict, steps.evaluation_variables(state), batch['image']
+    )
+    if mode == 'train':
+        begin = time.perf_counter()
+        places = jax.tree.map(lambda leaf: leaf.sharding, like)
+        step = jax.jit(experiment.train_step, donate_argnums=0, out_shardings=places)
+        step = step.lower(state, batch).compile()
+        seconds, flops = time.perf_counter() - begin, 3 * flops
+
+        def work():
+            nonlocal state
+            state, sums = step(state, batch)
+            return sums
+    else:
+        variables = steps.evaluation_variables(state)
+        begin = time.perf_counter()
+        step = jax.jit(experiment.predict).lower(variables, batch['image']).compile()
+        seconds = time.perf_counter() - begin
+
+        def work():
+            return step(variables, batch['image'])
+
+    run, count = repeated(work, jax.block_until_ready)
+    parameters = sum(np.size(x) for x in jax.tree.leaves(state.params))
+    about = {'parameters': parameters, 'compile': seconds, 'flops': flops, 'units': count}
+    return run, {**about, 'device': str(jax.devices()[0].device_kind), 'devices': mesh.size}
+
+
+def theirs(name: str, mode: str, precision: str, compiled: bool):
+    """PyTorch's step."""
+    import peers
+    import torch
+    from torch.nn import functional as F
+
+    cuda = torch.cuda.is_available()
+    device = 'cuda' if cuda else 'cpu'
+    images, labels = (torch.from_numpy(x).to(device) for x in random_batch(name, cuda))
+    labels = labels.long()
+    images = images.permute(0, 3, 1, 2)  # the bytes stay channels last
+    model = getattr(peers, name)().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    autocast = torch.autocast(device, torch.bfloat16, enabled=precision != 'float32')
+    forward = torch.compile(model) if compiled else model
+
+    def predict():
+        with autocast:
+            return forward((images.float() / 255 - 0.5) / 0.25)
+
+    def train():
+        with autocast:
+            loss = F.cross_entropy(forward((images.float() / 255 - 0.5) / 0.25), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    def block(_):
+        if cuda:
+            torch.cuda.synchronize()
+
+    begin = time.perf_counter()
+    if mode == 'train':
+        work = train
+    else:
+        model.eval()
+        work = torch.inference_mode()(predict)
+    block(work())
+    seconds = time.perf_counter() - begin
+    run, count = repeated(work, block)
+    parameters = sum(p.numel() for p in model.parameters())
+    return run, {'parameters': parameters, 'compile': seconds, 'units': count}
+
+
+def matmul_rate() -> float:
+    """FLOP/s of float32 matrix products of 2048 on this machine, by NumPy."""
+    import numpy as np
+
+    x = np.random.default_rng(0).standard_normal((2048, 2048), np.float32)
+    x @ x
+    best = min(_seconds(lambda: x @ x) for _ in range(7))
+    return 2 * 2048**3 / best
+
+
+def _seconds(work) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def compare(name: str, mode: str, args) -> dict:
+    """Times our step and PyTorch's two."""
+    commands = {
+        side: [__file__, '--worker', side, name, '--mode', mode, '--precision', args.precision]
+        for side in args.sides
+    }
+    row = pairs.summary(pairs.interleave(commands, args.rounds))
+    return {'network': name, 'mode': mode, **row}
+
+
+def line(row, sides, rate: float) -> str:
+    """One row of the table."""
+    cells = ''.join(f'{1000 * row[side]["median"]:>9.1f}' for side in sides)
+    about = row[sides[0]]
+    floor = f'{1000 * about["flops"] / rate:>8.1f}' if 'flops' in about else ''
+    ratio = pairs.show_ratio(row)
+    return f'{row["network"]:<13}{row["mode"]:<8}{cells}  {ratio}{about["compile"]:>8.1f} s{floor}'
+
+
+def main():
+    """Times the pairs and prints, or is one of their workers."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('networks', nargs='*', default=list(CASES), help=', '.join(CASES))
+    parser.add_argument('--mode', choices=['train', 'predict', 'both'], default='both')
+    parser.add_argument('--precision', default='float32')
+    parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--sides', nargs='+', default=['ours', 'eager', 'compile'])
+    parser.add_argument('--out', type=Path, default=None)
+    parser.add_argument('--worker', default='')
+    args = parser.parse_args()
+    if args.worker:
+        [name] = args.networks
+        if args.worker == 'ours':
+            pairs.serve(lambda: ours(name, args.mode, args.precision))
+        else:
+            compiled = args.worker == 'compile'
+            pairs.serve(lambda: theirs(name, args.mode, args.precision, compiled))
+        return
+    rate, rows = matmul_rate(), []
+    print(f'matrix products: {rate / 1e9:.0f} GFLOP/s')
+    heads = ''.join(f'{side:>9}' for side in args.sides)
+    print(f'{"network":<13}{"step":<8}{heads}  {"ratio (spread)":<23}   compile   floor')
+    modes = ['train', 'predict'] if args.mode == 'both' else [args.mode]
+    for mode in modes:
+        for name in args.networks:
+            rows.append(compare(name, mode, args))
+            print(line(rows[-1], args.sides, rate), flush=True)
+    if args.out:
+        args.out.write_text(json.dumps({'matmul_flops': rate, 'rows': rows}, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    main()
