@@ -8,7 +8,6 @@ reading the split: compilation, evaluation, the interpreter. Each pair has its o
 """
 
 import argparse
-import functools
 import json
 import os
 import statistics

@@ -6,7 +6,7 @@ Class k of K keeps `imbalance^(-k / (K - 1))` of its training images: class 0 is
 one the tail. The test split is as it was, about even. Weights by inverse frequency, by the effective
 number of examples (beta 0.99: between inverse and none), focal loss (gamma 2) and complement
 cross-entropy against plain cross-entropy. All runs take the same number of steps; a greater imbalance
-also leaves fewer images. Hardware: 2 CPU cores. Time: 45 runs, 19 minutes beside other work.
+also leaves fewer images. Hardware: 2 CPU cores. Time: 45 runs, 6 minutes.
 Measured (MNIST, 3 seeds; balanced accuracy, and F1 of the rarest class):
 
     imbalance                 10:1                         100:1

@@ -10,7 +10,7 @@ best epoch is the best on the test split: what perfect early stopping would have
 many suspects by the network's predictions of the test split; what is found is the share of the wrong
 labels among them. (It reads probabilities, which logits trained by squared error are not made for.)
 
-Hardware: 2 CPU cores. Time: 60 runs, 20 minutes beside other work.
+Hardware: 2 CPU cores. Time: 60 runs, 8 minutes.
 Measured (MNIST, 3 seeds): test accuracy at the end, and at its best epoch
 
     wrong labels            0%            20%            40%            60%       60%, best epoch
