@@ -1,12 +1,13 @@
 """Eight virtual devices for the tests of sharding, one for all others; real data where they are."""
 
+import contextlib
 import os
 from pathlib import Path
 
 import jax
 import pytest
 
-from jaxcls import sharding
+from jaxcls import results, sharding
 
 jax.config.update('jax_num_cpu_devices', 8)
 
@@ -27,6 +28,22 @@ def one_device():
             sharding, 'make_mesh', lambda devices=None: make_mesh(devices or jax.devices()[:1])
         )
         yield
+
+
+@pytest.fixture(scope='session', autouse=True)
+def pictures():
+    """Runs draw none, which is half of the time of short ones, but `with pictures():`."""
+    draw = results._draw
+
+    @contextlib.contextmanager
+    def drawn():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(results, '_draw', draw)
+            yield
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, '_draw', lambda *args: None)
+        yield drawn
 
 
 @pytest.fixture(scope='session')

@@ -2,22 +2,15 @@ import json
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from sklearn import metrics as reference
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC, LinearSVC
 
-from jaxcls import baselines, datasets, fit, pictures, pipeline, predictions, workdir
+from jaxcls import baselines, datasets, fit, pipeline, predictions, workdir
 from jaxcls import config as config_lib
 from jaxcls import experiment as experiment_lib
 from jaxcls.errors import UserError
 from jaxcls.estimators import BASELINES
-
-
-@pytest.fixture(autouse=True)
-def quick_pictures(monkeypatch):
-    for picture in ('curves', 'confusion_matrix'):
-        monkeypatch.setattr(pictures, picture, lambda *_: Figure(figsize=(1, 1)))
 
 
 def resolved(model, **data):

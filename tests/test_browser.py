@@ -13,7 +13,6 @@ CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
 DRIVER = shutil.which('chromedriver')
 pytestmark = [
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason='needs chromium and chromedriver'),
-    pytest.mark.xdist_group('browser'),
 ]
 BAD = '<img src=x onerror="window.broken=1"></script><script>window.broken=1</script>'
 FLAGS = (

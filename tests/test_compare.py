@@ -10,8 +10,6 @@ from jaxcls import intervals, predictions
 from jaxcls.errors import UserError
 from jaxcls.report import compare, significance
 
-pytestmark = pytest.mark.xdist_group('compare')  # its runs are written once
-
 
 @pytest.fixture(scope='module')
 def directory(tmp_path_factory):

@@ -9,8 +9,6 @@ from PIL import Image
 
 from jaxcls import commands, main, predict, workdir
 
-pytestmark = pytest.mark.xdist_group('main')  # trains its run once
-
 TRAIN = [
     '--config.epochs=3', '--config.model.name=mlp', '--config.model.hidden=(16,)',
     '--config.learning_rate=0.01',

@@ -9,8 +9,6 @@ from jaxcls.errors import UserError
 from jaxcls.report import compare, gallery, run, runs
 from test_page import Parser
 
-pytestmark = pytest.mark.xdist_group('report')  # its runs are written once
-
 
 @pytest.fixture(scope='module')
 def directory(tmp_path_factory):

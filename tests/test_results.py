@@ -27,9 +27,10 @@ def workdir(path, **config):
     return path
 
 
-def test_a_run_leaves_its_result_predictions_and_pictures(tmp_path):
+def test_a_run_leaves_its_result_predictions_and_pictures(tmp_path, pictures):
     run = workdir(tmp_path / 'run')
-    results.write(run, PREDICTIONS, RECORDS, {'parameters': 7})
+    with pictures():
+        results.write(run, PREDICTIONS, RECORDS, {'parameters': 7})
     result = json.loads((run / 'result.json').read_text())
     assert result['confusion'] == [[5, 1, 0], [0, 4, 0], [0, 0, 0]] and result['best_top1'] == 0.5
     assert result['top1_interval'][0] < 0.9 < result['top1_interval'][1]

@@ -14,8 +14,6 @@ from jaxcls import config as config_lib
 from jaxcls import fit, sharding, workdir
 from jaxcls.errors import UserError
 
-pytestmark = pytest.mark.xdist_group('sharding')  # trains the run of one device once
-
 TWO_PROCESSES = Path(__file__).parent / 'two_processes.py'
 
 

@@ -2,10 +2,8 @@ import json
 
 import pytest
 
-from jaxcls import results, study
+from jaxcls import study
 from jaxcls.errors import UserError
-
-pytestmark = pytest.mark.xdist_group('study')  # trains its studies once
 
 FILE = """
 from jaxcls import study
@@ -31,14 +29,6 @@ def get_study(data):
         },
     )
 """
-
-
-@pytest.fixture(scope='module', autouse=True)
-def no_pictures():
-    """Half of the time of a run as short as these."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, '_draw', lambda *args: None)
-        yield
 
 
 @pytest.fixture(scope='module')

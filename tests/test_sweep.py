@@ -10,16 +10,6 @@ from jaxcls import config as config_lib
 from jaxcls import experiment, fit, results, runs, seeds, sweep
 from jaxcls.errors import UserError
 
-pytestmark = pytest.mark.xdist_group('sweep')  # trains its seeds once
-
-
-@pytest.fixture(scope='module', autouse=True)
-def no_pictures():
-    """Half of the time of a run as short as these."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, '_draw', lambda *args: None)
-        yield
-
 
 def tiny(**fields):
     config = config_lib.get_config()

@@ -12,8 +12,6 @@ from jaxcls import evaluate, fit, loop, pipeline, sharding, workdir
 from jaxcls import experiment as experiment_lib
 from jaxcls.errors import UserError
 
-pytestmark = pytest.mark.xdist_group('train')  # trains its first run once
-
 
 def small(**fields):
     config = config_lib.get_config()
@@ -42,8 +40,9 @@ def log(path):
 
 
 @pytest.fixture(scope='module')
-def uninterrupted(tmp_path_factory):
-    return fit(small(), tmp_path_factory.mktemp('run'))
+def uninterrupted(tmp_path_factory, pictures):
+    with pictures():
+        return fit(small(), tmp_path_factory.mktemp('run'))
 
 
 def test_a_run_leaves_its_files_and_learns(uninterrupted):

@@ -15,8 +15,6 @@ from jaxcls import fit, optimizers, runs, schedules, sharding, transfer, weight_
 from jaxcls.errors import UserError
 from jaxcls.main import main
 
-pytestmark = pytest.mark.xdist_group('transfer')  # trains what it starts from once
-
 FIVE, OTHERS = (0, 1, 2, 3, 4), (5, 6, 7, 8)
 
 

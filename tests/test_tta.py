@@ -10,8 +10,6 @@ from jaxcls import experiment as experiment_lib
 from jaxcls import tta
 from jaxcls.errors import UserError
 
-pytestmark = pytest.mark.xdist_group('tta')  # trains its network once
-
 SHAPE, CLASSES = (8, 8, 1), 4
 
 

@@ -8,7 +8,7 @@ can reach with its own recipe. On MNIST the deep ones are narrowed to run on a C
 MobileNet, which XLA takes minutes to compile there, are left to CIFAR-10. FLOPs are of one image
 forwards. Training seconds are without compilation and validation; those of the baselines are of the
 fit alone (kNN's work is in predicting). These do not depend on the seed: one run each.
-Hardware: 2 CPU cores. Time: 52 runs, 10 minutes beside other work.
+Hardware: 2 CPU cores. Time: 52 runs, 6 minutes.
 Measured (MNIST, 10,000 images seen once, 3 seeds; FLOPs in millions):
 
     architecture          accuracy    parameters   FLOPs   seconds   rate
