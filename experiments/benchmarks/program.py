@@ -196,7 +196,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('networks', nargs='*', default=list(CASES), help=', '.join(CASES))
     parser.add_argument('--rounds', type=int, default=7)
-    parser.add_argument('--sides', nargs='+', default=list(SIDES))
+    parser.add_argument('--sides', type=lambda text: text.split(','), default=list(SIDES))
     parser.add_argument('--out', type=Path, default=None)
     parser.add_argument('--worker', default='')
     args = parser.parse_args()

@@ -194,7 +194,9 @@ def main():
     parser.add_argument('--mode', choices=['train', 'predict', 'both'], default='both')
     parser.add_argument('--precision', default='float32')
     parser.add_argument('--rounds', type=int, default=7)
-    parser.add_argument('--sides', nargs='+', default=['ours', 'eager', 'compile'])
+    parser.add_argument(
+        '--sides', type=lambda text: text.split(','), default=['ours', 'eager', 'compile']
+    )
     parser.add_argument('--out', type=Path, default=None)
     parser.add_argument('--worker', default='')
     args = parser.parse_args()

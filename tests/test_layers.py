@@ -1,0 +1,66 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcls.models import layers
+
+# batch, size, channels, kernel, features, stride, padding, groups
+SHAPES = [
+    (4, 9, 3, 3, 5, 1, 1, 1),
+    (4, 9, 3, 3, 5, 2, 1, 1),  # a stride that does not divide, and one that leaves a row over
+    (4, 8, 3, 3, 5, 2, 1, 1),
+    (2, 11, 3, 7, 4, 2, 3, 1),
+    (2, 11, 3, 5, 4, 1, 0, 1),
+    (4, 8, 6, 1, 5, 1, 0, 1),
+    (4, 9, 6, 1, 5, 2, 0, 1),
+    (4, 8, 6, 3, 6, 1, 1, 6),
+    (4, 9, 6, 5, 6, 2, 2, 6),
+    (4, 8, 6, 3, 4, 1, 1, 2),
+]
+
+
+def inputs(batch, size, channels, kernel, features, groups, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((batch, size, size, channels))
+    kernel = rng.standard_normal((kernel, kernel, channels // groups, features))
+    return jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
+
+
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+def test_every_form_of_a_convolution_is_that_of_xla(shape):
+    *sizes, stride, padding, groups = shape
+    x, kernel = inputs(*sizes, groups)
+    place = stride, (padding, padding), groups
+
+    def ours(x, kernel):
+        y = layers.convolve(x, kernel, *place)
+        return jnp.sin(y).sum(), y
+
+    def plain(x, kernel):
+        y = layers._convolution(place, x, kernel)
+        return jnp.sin(y).sum(), y
+
+    (found, expected) = (
+        jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(x, kernel) for f in (ours, plain)
+    )
+    same = groups == 1 and sizes[3] > 1  # elsewhere sums are taken in another order
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=0 if same else 1e-4)
+
+
+def test_the_gradient_of_a_convolution_is_right_in_bfloat16_and_for_many_kernels():
+    x, kernel = inputs(4, 8, 3, 3, 5, 1, jnp.bfloat16)
+    gradient = jax.grad(lambda k: layers.convolve(x, k, 1, (1, 1)).astype(jnp.float32).sum())(
+        kernel
+    )
+    assert gradient.dtype == jnp.bfloat16
+    x, kernel = inputs(4, 8, 3, 3, 5, 1)
+    kernels = jnp.stack([kernel, 2 * kernel])
+    loss = lambda k, convolve: jnp.sin(convolve(x, k)).sum()  # noqa: E731
+    ours = functools.partial(loss, convolve=lambda x, k: layers.convolve(x, k, 1, (1, 1)))
+    plain = functools.partial(loss, convolve=functools.partial(layers._convolution, (1, (1, 1), 1)))
+    found, expected = (jax.vmap(jax.grad(f))(kernels) for f in (ours, plain))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
