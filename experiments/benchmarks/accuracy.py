@@ -3,8 +3,8 @@
     python experiments/benchmarks/accuracy.py [lenet5 resnet20] [--pairs=3] [--out=accuracy.json]
 
 LeNet-5 to 98.5% of MNIST's test split, ResNet-20 to 70% of CIFAR-10's (80% on a GPU): SGD with momentum
-and a cosine, both validated as often. In turn; seconds until the accuracy is first seen, all included but
-reading the split: compilation, evaluation, the interpreter. Each pair has its own seed.
+and a cosine, both validated as often. In turn; seconds from when the splits are read until the
+accuracy is first seen: compilation and evaluation count. Each pair has its own seed.
 """
 
 import argparse
@@ -33,7 +33,12 @@ def ours(name: str, seed: int, target: float) -> float:
     class Reached(Exception):
         pass
 
+    begin = time.perf_counter()
+
     def look(event):
+        nonlocal begin
+        if event['kind'] == 'start':  # the splits are read, the state is there, nothing is compiled
+            begin = time.perf_counter()
         if event['kind'] == 'validation' and event['top1'] >= target:
             raise Reached
 
@@ -41,7 +46,6 @@ def ours(name: str, seed: int, target: float) -> float:
     config.epochs, config.seed, config.learning_rate = EPOCHS[name], seed, 0.05
     config.validate_every_epochs, config.log_every_steps = EVERY[name], 1000
     config.checkpoint_every_epochs = EPOCHS[name]
-    begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         try:
             fit(config, folder, look)

@@ -107,7 +107,7 @@ def torch_batches(name: str):
         v2.Normalize([0.5] * channels, [0.25] * channels),
     ]
     transform = v2.Compose(changes + scale)
-    images, labels = (torch.from_numpy(x) for x in arrays(name))
+    images, labels = (torch.tensor(x) for x in arrays(name))
 
     class Images(torch.utils.data.Dataset):
         def __len__(self):
@@ -147,7 +147,7 @@ def torch_loop(name: str):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-        float(loss)
+        float(loss.detach())
 
     run()
     return run, {'units': steps * loader.batch_size}
