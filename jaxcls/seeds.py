@@ -6,7 +6,6 @@ has alone; only the rounding of batched products differs. Each ends as a run in 
 
 import contextlib
 import functools
-import itertools
 import re
 import shutil
 from collections.abc import Callable
@@ -80,12 +79,11 @@ def programs(members: Members, workdir: Path, size: int, is_over: Callable) -> l
     chunks = [[m for m in members if m[0].seed in seeds] for seeds in begun]
     placed = {config.seed for chunk in chunks for config, _ in chunk}
     left = [m for m in members if m[0].seed not in placed and not is_over(*m)]
-    alone = [m for m in left if size == 1 or workdir_lib.has_checkpoints(m[1])]
+    alone = [m for m in left if workdir_lib.has_checkpoints(m[1])]
     fresh = [m for m in left if m not in alone]
-    for _, neighbours in itertools.groupby(
-        enumerate(fresh), lambda pair: pair[1][0].seed - pair[0]
-    ):
-        neighbours = [member for _, member in neighbours]
+    gaps = [config.seed - i for i, (config, _) in enumerate(fresh)]  # the same of neighbours
+    for gap in dict.fromkeys(gaps):
+        neighbours = [member for member, its in zip(fresh, gaps, strict=True) if its == gap]
         chunks += [neighbours[i : i + size] for i in range(0, len(neighbours), size)]
     chunks += [[member] for member in alone]
     open_ = [chunk for chunk in chunks if not all(is_over(*member) for member in chunk)]

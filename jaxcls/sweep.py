@@ -285,9 +285,8 @@ def run(
         )
     if rungs > 1:
         _check_rungs(settings, keep ** (rungs - 1))
-    reached: dict[
-        str, tuple[int, float, Outcome]
-    ] = {}  # the last rung of each setting and its epoch
+    # The last rung of each setting, and its epoch.
+    reached: dict[str, tuple[int, float, Outcome]] = {}
     alive = list(settings)
     for rung in range(rungs):
         last = rung == rungs - 1

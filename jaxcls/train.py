@@ -172,10 +172,8 @@ def _train(run: _Run, restored, start, history, until_epoch):
 
 def _gives_up(experiment: experiment_lib.Experiment, history: list[dict[str, Any]]) -> bool:
     """Whether the validation loss has had no new minimum for `early_stopping_epochs`."""
-    patience, validations = (
-        experiment.config.early_stopping_epochs,
-        results.of_kind(history, 'validation'),
-    )
+    patience = experiment.config.early_stopping_epochs
+    validations = results.of_kind(history, 'validation')
     if not (patience and validations):
         return False
     best = min(validations, key=lambda r: math.inf if r['loss'] is None else r['loss'])

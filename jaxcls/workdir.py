@@ -77,9 +77,8 @@ def write_json(path: Path, value: Any):
 
 def write_text(path: Path, text: str):
     """Like `write_json`, for any text."""
-    part = path.with_name(
-        f'.{path.name}.{secrets.token_hex(4)}.part'
-    )  # another process has its own
+    # Another process, which may write the same file, has its own.
+    part = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.part')
     try:
         with part.open('w') as file:
             file.write(text)

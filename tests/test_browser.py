@@ -11,9 +11,7 @@ from jaxcls.report import page
 webdriver = pytest.importorskip('selenium.webdriver')
 CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
 DRIVER = shutil.which('chromedriver')
-pytestmark = [
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason='needs chromium and chromedriver'),
-]
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason='needs chromium and chromedriver')
 BAD = '<img src=x onerror="window.broken=1"></script><script>window.broken=1</script>'
 FLAGS = (
     'headless=new', 'no-sandbox', 'disable-gpu', 'disable-quic', 'no-first-run', 'window-size=1200,900',

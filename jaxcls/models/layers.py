@@ -191,11 +191,10 @@ def convolve(x, kernel, stride: int, padding: tuple[int, int], groups: int = 1) 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _convolve(place, x, kernel):
-    plain = functools.partial(_convolution, place)
-    form = _form_on_cpu(place, x, kernel)
-    return (
-        jax.lax.platform_dependent(x, kernel, cpu=form, default=plain) if form else plain(x, kernel)
-    )
+    plain, form = functools.partial(_convolution, place), _form_on_cpu(place, x, kernel)
+    if not form:
+        return plain(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=form, default=plain)
 
 
 def _forward(place, x, kernel):
@@ -204,14 +203,15 @@ def _forward(place, x, kernel):
 
 def _backward(place, saved, gradient):
     # Both forms start from what all save, so that neither makes the other keep more.
-    own = functools.partial(_gradients, functools.partial(_convolution, place))
-    form = _form_on_cpu(place, *saved)
-    on_cpu = (
-        functools.partial(_gradients, form) if form else functools.partial(_gradients_on_cpu, place)
-    )
-    if not form and place[2] > 1:
-        return own(*saved, gradient)
-    return jax.lax.platform_dependent(*saved, gradient, cpu=on_cpu, default=own)
+    plain, form = functools.partial(_convolution, place), _form_on_cpu(place, *saved)
+    default, (_, _, groups) = functools.partial(_gradients, plain), place
+    if form:
+        on_cpu = functools.partial(_gradients, form)
+    elif groups == 1:
+        on_cpu = functools.partial(_gradients_on_cpu, place)
+    else:
+        return default(*saved, gradient)
+    return jax.lax.platform_dependent(*saved, gradient, cpu=on_cpu, default=default)
 
 
 _convolve.defvjp(_forward, _backward)
