@@ -1,22 +1,22 @@
-"""(f) Time to accuracy: the same recipe by us and by a PyTorch loop, from the start of each process.
+"""(f) Time to accuracy: the same recipe by us and by a PyTorch loop.
 
     python experiments/benchmarks/accuracy.py [lenet5 resnet20] [--pairs=3] [--out=accuracy.json]
 
-LeNet-5 to 98.5% of MNIST's test split, ResNet-20 to 70% of CIFAR-10's (80% on a GPU): SGD with momentum
+LeNet-5 to 98.5% of MNIST's test split, ResNet-20 to 70% of CIFAR-10's, or to --target: SGD with momentum
 and a cosine, both validated as often. In turn; seconds from when the splits are read until the
 accuracy is first seen: compilation and evaluation count. Each pair has its own seed.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+import pairs
 import program
 
 EPOCHS = {'lenet5': 2.0, 'resnet20': 6.0}
@@ -58,7 +58,6 @@ def theirs(name: str, seed: int, target: float) -> float:
     """The PyTorch loop of program.py, with the same schedule and validations."""
     import peers
     import torch
-    from torch.nn import functional as F
 
     from jaxcls import experiment, pipeline
 
@@ -73,32 +72,25 @@ def theirs(name: str, seed: int, target: float) -> float:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     total = round(EPOCHS[name] * images / 128)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
-    every, step = round(EVERY[name] * images / 128), 0
-    while step < total:
-        for batch, label in loader:
-            batch = batch.to(device, memory_format=torch.channels_last)
-            loss = F.cross_entropy(model(batch), label.to(device))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            step += 1
-            if step % every == 0 or step == total:
-                model.eval()
-                with torch.inference_mode():
-                    found = torch.cat([model(part).argmax(1).cpu() for part in x.split(500)])
-                model.train()
-                if (found == y).float().mean() >= target:
-                    return time.perf_counter() - begin
-            if step == total:
-                break
+    every = round(EVERY[name] * images / 128)
+    for step, (batch, label) in enumerate(itertools.islice(pairs.forever(loader), total), 1):
+        batch = batch.to(device, memory_format=torch.channels_last)
+        peers.train_step(model, optimizer, batch, label.to(device))
+        schedule.step()
+        if step % every == 0 or step == total:
+            model.eval()
+            with torch.inference_mode():
+                found = torch.cat([model(part).argmax(1).cpu() for part in x.split(500)])
+            model.train()
+            if (found == y).float().mean() >= target:
+                return time.perf_counter() - begin
     return float('nan')
 
 
 def main():
     """Times the pairs and prints, or is one of them."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('networks', nargs='*', default=['lenet5'], help=', '.join(EPOCHS))
+    parser.add_argument('networks', nargs='*', type=pairs.one_of(EPOCHS), default=['lenet5'])
     parser.add_argument('--pairs', type=int, default=3)
     parser.add_argument('--target', type=float, default=None)
     parser.add_argument('--out', type=Path, default=None)
@@ -117,11 +109,10 @@ def main():
         times = {'ours': [], 'torch': []}
         for seed in range(args.pairs):
             for side, found in times.items():
-                command = [sys.executable, __file__, name, '--worker', side, '--seed', str(seed)]
+                command = [__file__, name, '--worker', side, '--seed', str(seed)]
                 if args.target:
                     command += ['--target', str(args.target)]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                found.append(float(done.stdout.splitlines()[-1]))
+                found.append(float(pairs.last_line(command, side)))
         ratios = sorted(a / b for a, b in zip(*times.values(), strict=True))
         rows.append({'network': name, **times, 'ratio': [statistics.median(ratios), *ratios]})
         medians = '  '.join(

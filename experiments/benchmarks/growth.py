@@ -10,10 +10,10 @@ is linear. LeNet-5 on random images; of `seeds`, all in one program, seconds a s
 import argparse
 import json
 import math
-import subprocess
-import sys
 import time
 from pathlib import Path
+
+import pairs
 
 # What varies: its values, of a run that is otherwise the first of each.
 PLAIN = {'images': 10_000, 'size': 28, 'batch': 128, 'devices': 1, 'seeds': 1}
@@ -84,7 +84,7 @@ def measure(images: int, size: int, batch: int, devices: int, seeds: int) -> dic
 def main():
     """Prints the tables, or is one of their points."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('axes', nargs='*', default=list(AXES), help=', '.join(AXES))
+    parser.add_argument('axes', nargs='*', type=pairs.one_of(AXES), default=list(AXES))
     parser.add_argument('--out', type=Path, default=None)
     parser.add_argument('--point', type=json.loads, default=None)
     args = parser.parse_args()
@@ -97,11 +97,8 @@ def main():
         before = None
         for value in AXES[axis]:
             point = json.dumps({**PLAIN, axis: value})
-            done = subprocess.run(
-                [sys.executable, __file__, '--point', point],
-                check=True, stdout=subprocess.PIPE, text=True,
-            )  # fmt: skip
-            row = {'axis': axis, 'value': value, **json.loads(done.stdout.splitlines()[-1])}
+            found = pairs.last_line([__file__, '--point', point], f'{axis} {value}')
+            row = {'axis': axis, 'value': value, **json.loads(found)}
             slope = ''
             if before:
                 times = math.log(row['seconds'] / before['seconds'])

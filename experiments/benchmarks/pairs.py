@@ -4,6 +4,7 @@ A worker calls `serve(prepare)`. Its parent calls `interleave(commands)`, which 
 another, and then lets each run alone, one after the other and so on.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -48,7 +49,7 @@ def interleave(
       env: by name: more variables of its environment.
 
     Raises:
-      RuntimeError: a worker ended.
+      SystemExit: a worker ended.
     """
     workers, about = {}, {}
     try:
@@ -75,11 +76,53 @@ def interleave(
     return {name: Timing(seconds[name], about[name]) for name in workers}
 
 
+def last_line(command: Sequence[str], name: str) -> str:
+    """What a worker that runs once prints last.
+
+    Raises:
+      SystemExit: it failed.
+    """
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        _give_up(name, done.returncode)
+    return done.stdout.splitlines()[-1]
+
+
 def _line(worker: subprocess.Popen, name: str) -> str:
     line = worker.stdout.readline()
     if not line:
-        raise RuntimeError(f'The worker {name!r} ended with status {worker.wait()}; see above.')
+        _give_up(name, worker.wait())
     return line
+
+
+def _give_up(name: str, status: int):
+    raise SystemExit(
+        f'The worker {name!r} ended with status {status}; its own message is above. The peers are in the '
+        "extra: pip install -e '.[bench]'."
+    )
+
+
+def one_of(known) -> Callable[[str], str]:
+    """The `type` of an argument that must be one of some names."""
+
+    def check(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f'{text!r} is not one of {", ".join(known)}')
+        return text
+
+    return check
+
+
+def some_of(known) -> Callable[[str], list[str]]:
+    """The `type` of an argument that is several names, with commas between."""
+    return lambda text: [one_of(known)(word) for word in text.split(',')]
+
+
+def forever(batches):
+    """The batches of epoch after epoch."""
+    while True:
+        yield from batches
 
 
 def summary(timings: dict[str, Timing]) -> dict[str, Any]:

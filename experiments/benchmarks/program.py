@@ -43,14 +43,9 @@ def config_of(name: str, augment: bool = True):
     return experiment.resolve(config)
 
 
-def rounds_of(name: str) -> int:
-    """Steps of a round: more where there is an accelerator."""
-    try:
-        import torch
-
-        return STEPS[name] * (20 if torch.cuda.is_available() else 1)
-    except ImportError:
-        return STEPS[name]
+def steps_of(name: str, accelerator: bool) -> int:
+    """Steps of a round."""
+    return STEPS[name] * (20 if accelerator else 1)
 
 
 def ours(name: str):
@@ -60,7 +55,8 @@ def ours(name: str):
     from jaxcls import experiment as experiment_lib
     from jaxcls import loop, pipeline, sharding
 
-    config, mesh, steps = config_of(name), sharding.make_mesh(), rounds_of(name)
+    config, mesh = config_of(name), sharding.make_mesh()
+    steps = steps_of(name, jax.default_backend() != 'cpu')
     reader, _, data = experiment_lib.open_data(config)
     experiment = experiment_lib.build_for(config, data)
     like = experiment_lib.abstract_checkpoint(experiment, mesh)
@@ -126,35 +122,30 @@ def torch_loop(name: str):
     """A PyTorch loop over a DataLoader."""
     import peers
     import torch
-    from torch.nn import functional as F
 
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    loader, _ = torch_batches(name)
+    cuda = torch.cuda.is_available()
+    device, steps, (loader, _) = (
+        'cuda' if cuda else 'cpu',
+        steps_of(name, cuda),
+        torch_batches(name),
+    )
     model = getattr(peers, name)().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-
-    def forever():
-        while True:
-            yield from loader
-
-    batches, steps = forever(), rounds_of(name)
+    batches = pairs.forever(loader)
 
     def run():
         for _ in range(steps):
             x, y = next(batches)
             x = x.to(device, memory_format=torch.channels_last, non_blocking=True)
-            loss = F.cross_entropy(model(x), y.to(device))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-        float(loss.detach())
+            loss = peers.train_step(model, optimizer, x, y.to(device))
+        float(loss)
 
     run()
     return run, {'units': steps * loader.batch_size}
 
 
 def flax_loop(name: str):
-    """The Flax loop of most tutorials over tf.data: one jitted step, host batches, plain convolutions."""
+    """The Flax loop of most tutorials, of our step: jitted alone, over host batches of tf.data."""
     import jax
     import tensorflow as tf
 
@@ -162,17 +153,17 @@ def flax_loop(name: str):
 
     config, (images, labels) = config_of(name, augment=False), arrays(name)
     experiment = experiment_lib.build(config, images.shape[1:], 10, len(images))
-    crop = [len(images[0]), len(images[0][0]), images.shape[-1]]
 
     def change(image, label):
         if CASES[name][0] == 'cifar10':
-            image = tf.image.random_crop(tf.pad(image, [[4, 4], [4, 4], [0, 0]]), crop)
+            image = tf.image.random_crop(tf.pad(image, [[4, 4], [4, 4], [0, 0]]), images.shape[1:])
             image = tf.image.random_flip_left_right(image)
         return image, label
 
     data = tf.data.Dataset.from_tensor_slices((images, labels)).repeat().shuffle(10_000)
     data = data.map(change, tf.data.AUTOTUNE).batch(config.batch_size, drop_remainder=True)
-    batches, steps = data.prefetch(tf.data.AUTOTUNE).as_numpy_iterator(), rounds_of(name)
+    batches = data.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+    steps = steps_of(name, jax.default_backend() != 'cpu')
     state = experiment_lib.init(experiment, 0)
     train_step = jax.jit(experiment.train_step, donate_argnums=0)
 
@@ -194,9 +185,9 @@ SIDES = {'ours': ours, 'torch': torch_loop, 'tf.data': flax_loop}
 def main():
     """Times the loops and prints, or is one of them."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('networks', nargs='*', default=list(CASES), help=', '.join(CASES))
+    parser.add_argument('networks', nargs='*', type=pairs.one_of(CASES), default=list(CASES))
     parser.add_argument('--rounds', type=int, default=7)
-    parser.add_argument('--sides', type=lambda text: text.split(','), default=list(SIDES))
+    parser.add_argument('--sides', type=pairs.some_of(SIDES), default=list(SIDES))
     parser.add_argument('--out', type=Path, default=None)
     parser.add_argument('--worker', default='')
     args = parser.parse_args()

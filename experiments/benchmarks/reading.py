@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 import pairs
+import program
 
 BATCHES = {'cifar10': 40, 'photos': 10}  # in a round
 BATCH_SIZE = {'cifar10': 128, 'photos': 32}
@@ -79,34 +80,16 @@ def torch_loader(case: str, photos: str):
     import torchvision
     from torchvision.transforms import v2
 
-    scale = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.25] * 3)]
     if case == 'cifar10':
-        from jaxcls import experiment, pipeline
-
-        reader = experiment.open_data(config_of(case, photos, 'resident')).reader
-        images, labels = (torch.from_numpy(x) for x in pipeline.load_arrays(reader))
-        change = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), *scale])
-
-        class Images(torch.utils.data.Dataset):
-            def __len__(self):
-                return len(labels)
-
-            def __getitem__(self, i):
-                return change(images[i].permute(2, 0, 1)), int(labels[i])
-
-        data = Images()
+        loader, _ = program.torch_batches('resnet20')
     else:
+        scale = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.25] * 3)]
         change = [v2.RandomResizedCrop(128), v2.RandomHorizontalFlip(), v2.PILToTensor(), *scale]
-        data = torchvision.datasets.ImageFolder(photos, v2.Compose(change))
-    loader = torch.utils.data.DataLoader(
-        data, BATCH_SIZE[case], shuffle=True, num_workers=2, persistent_workers=True, drop_last=True
-    )
-
-    def forever():
-        while True:
-            yield from loader
-
-    batches = forever()
+        loader = torch.utils.data.DataLoader(
+            torchvision.datasets.ImageFolder(photos, v2.Compose(change)),
+            BATCH_SIZE[case], shuffle=True, num_workers=2, persistent_workers=True, drop_last=True,
+        )  # fmt: skip
+    batches = pairs.forever(loader)
 
     def run():
         for _ in range(BATCHES[case]):
@@ -122,10 +105,7 @@ def tf_data(case: str, photos: str):
 
     size, batch_size = SIZE[case], BATCH_SIZE[case]
     if case == 'cifar10':
-        from jaxcls import experiment, pipeline
-
-        reader = experiment.open_data(config_of(case, photos, 'resident')).reader
-        data = tf.data.Dataset.from_tensor_slices(pipeline.load_arrays(reader)[0])
+        data = tf.data.Dataset.from_tensor_slices(program.arrays('resnet20')[0])
     else:
         data = tf.data.Dataset.list_files(f'{photos}/*/*')
 
@@ -164,12 +144,14 @@ SIDES = {
 def main():
     """Times the readers and prints, or is one of them."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('cases', nargs='*', default=['cifar10'], help='cifar10, photos')
+    parser.add_argument('cases', nargs='*', type=pairs.one_of(BATCHES), default=['cifar10'])
     parser.add_argument('--photos', default='', help='a folder with a directory a class')
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--out', type=Path, default=None)
     parser.add_argument('--worker', default='')
     args = parser.parse_args()
+    if 'photos' in args.cases and not Path(args.photos or 'none').is_dir():
+        parser.error(f'--photos={args.photos} is no folder; give one with a directory a class')
     if args.worker:
         [case] = args.cases
         pairs.serve(lambda: SIDES[args.worker](case, args.photos))

@@ -24,6 +24,7 @@ CASES = {
     'resnet50': (8, 128, 224, 3, 1000, {}),
     'mobilenet_v2': (8, 128, 224, 3, 1000, {'dropout': 0.0}),
 }
+SIDES = ('ours', 'eager', 'compile')
 SECONDS = 0.5  # that a round should take at least
 
 
@@ -190,13 +191,11 @@ def line(row, sides, rate: float) -> str:
 def main():
     """Times the pairs and prints, or is one of their workers."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('networks', nargs='*', default=list(CASES), help=', '.join(CASES))
+    parser.add_argument('networks', nargs='*', type=pairs.one_of(CASES), default=list(CASES))
     parser.add_argument('--mode', choices=['train', 'predict', 'both'], default='both')
     parser.add_argument('--precision', default='float32')
     parser.add_argument('--rounds', type=int, default=7)
-    parser.add_argument(
-        '--sides', type=lambda text: text.split(','), default=['ours', 'eager', 'compile']
-    )
+    parser.add_argument('--sides', type=pairs.some_of(SIDES), default=list(SIDES))
     parser.add_argument('--out', type=Path, default=None)
     parser.add_argument('--worker', default='')
     args = parser.parse_args()
