@@ -228,8 +228,10 @@ def make_train_step(
 
 
 def _all_finite(tree) -> jax.Array:
+    # 0 * x is NaN where x is not finite. XLA fuses an `all` with the layers that made x, which takes it
+    # five times as long to compile; sums it leaves alone.
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
+    return jnp.isfinite(jnp.stack([(0 * x).sum().astype(jnp.float32) for x in leaves])).all()
 
 
 def make_run_steps(train_step: Callable, fetch: Callable) -> Callable:

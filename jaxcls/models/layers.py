@@ -191,10 +191,9 @@ def convolve(x, kernel, stride: int, padding: tuple[int, int], groups: int = 1) 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _convolve(place, x, kernel):
-    plain, form = functools.partial(_convolution, place), _form_on_cpu(place, x, kernel)
-    if not form:
-        return plain(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, cpu=form, default=plain)
+    plain = functools.partial(_convolution, place)
+    on_cpu, _ = _forms_on_cpu(place, x, kernel)
+    return _on_device(on_cpu, plain, x, kernel)
 
 
 def _forward(place, x, kernel):
@@ -202,23 +201,39 @@ def _forward(place, x, kernel):
 
 
 def _backward(place, saved, gradient):
-    # Both forms start from what all save, so that neither makes the other keep more.
-    plain, form = functools.partial(_convolution, place), _form_on_cpu(place, *saved)
-    default, (_, _, groups) = functools.partial(_gradients, plain), place
-    if form:
-        on_cpu = functools.partial(_gradients, form)
-    elif groups == 1:
-        on_cpu = functools.partial(_gradients_on_cpu, place)
-    else:
-        return default(*saved, gradient)
-    return jax.lax.platform_dependent(*saved, gradient, cpu=on_cpu, default=default)
+    # All forms start from what all save, so that none makes another keep more.
+    plain = functools.partial(_gradients, functools.partial(_convolution, place))
+    _, on_cpu = _forms_on_cpu(place, *saved)
+    return _on_device(on_cpu, plain, *saved, gradient)
 
 
 _convolve.defvjp(_forward, _backward)
 
 
+def _on_device(on_cpu, plain, *args):
+    if on_cpu is None:
+        return plain(*args)
+    return jax.lax.platform_dependent(*args, cpu=on_cpu, default=plain)
+
+
 def _gradients(form, x, kernel, gradient):
     return jax.vjp(form, x, kernel)[1](gradient)
+
+
+def _apart(function):
+    """The same function of arrays, which XLA neither fuses with what is round it nor computes twice.
+
+    It is a branch that is always taken, which XLA cannot know: a barrier it would take out on CPU.
+    """
+
+    def taken(*args):
+        word = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[args[0].dtype.itemsize]
+        always = (jax.lax.bitcast_convert_type(args[0].ravel()[0], word) | 1) != 0
+        shapes = jax.eval_shape(function, *args)
+        never = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes)
+        return jax.lax.cond(always, function, lambda *_: never, *args)
+
+    return taken
 
 
 def _convolution(place, x, kernel):
@@ -233,27 +248,38 @@ def _convolution(place, x, kernel):
     )
 
 
-def _form_on_cpu(place, x, kernel):
-    """What is faster on CPU than XLA's convolution, if anything is: `(x, kernel) -> y`."""
+def _forms_on_cpu(place, x, kernel):
+    """What is faster on CPU than XLA's convolution: `(x, kernel) -> y`, and its gradients. None: nothing is."""
     _, padding, groups = place
     if groups == x.shape[-1] == kernel.shape[-1] > 1:
-        return functools.partial(_depthwise_on_cpu, place)
+        form = functools.partial(_depthwise_on_cpu, place)
+        return _apart(form), _apart(functools.partial(_gradients, form))
     if groups == 1 and kernel.shape[:2] == (1, 1) and padding == (0, 0):
-        return functools.partial(_pointwise_on_cpu, place)
-    return None
+        form = functools.partial(_pointwise_on_cpu, place)
+        return form, functools.partial(_gradients, form)
+    if groups == 1:
+        return None, functools.partial(_gradients_on_cpu, place)
+    return None, None
 
 
 def _depthwise_on_cpu(place, x, kernel):
-    # A sum of shifted images: XLA's own takes 15 to 50 times as long there, its gradient 3 to 15 times.
+    # A sum of shifted products: XLA's own takes 15 to 50 times as long there, its gradient 3 to 15 times.
     stride, padding, _ = place
-    x = jnp.pad(x, ((0, 0), *((p, p) for p in padding), (0, 0)))
-    ends = [n - size + 1 for n, size in zip(x.shape[1:3], kernel.shape[:2], strict=True)]
-    terms = (
-        x[:, i : i + ends[0] : stride, j : j + ends[1] : stride] * kernel[i, j, 0]
-        for i in range(kernel.shape[0])
-        for j in range(kernel.shape[1])
-    )
-    return functools.reduce(jnp.add, terms)
+
+    def edges(
+        shift, axis
+    ):  # to add, or to cut where negative, so that position 0 reads x[shift - p]
+        before = padding[axis] - shift
+        positions = x.shape[1 + axis] + 2 * padding[axis] - kernel.shape[axis] + 1
+        return before, positions - x.shape[1 + axis] - before, 0
+
+    def term(i, j):
+        product, zero = x * kernel[i, j, 0], jnp.zeros((), x.dtype)
+        whole = jax.lax.pad(product, zero, ((0, 0, 0), edges(i, 0), edges(j, 1), (0, 0, 0)))
+        return whole[:, ::stride, ::stride]
+
+    rows, columns = kernel.shape[:2]
+    return functools.reduce(jnp.add, (term(i, j) for i in range(rows) for j in range(columns)))
 
 
 def _pointwise_on_cpu(place, x, kernel):
@@ -265,21 +291,13 @@ def _pointwise_on_cpu(place, x, kernel):
 def _gradients_on_cpu(place, x, kernel, gradient):
     """As `_gradients` of `_convolution`, bit for bit.
 
-    That of the kernel is a convolution of x with the batch as its channels. XLA computes the layers that
-    made x again while it transposes, element by element and out of order, which takes longer than the
-    convolution: a branch, which is always taken, keeps them apart.
+    That of the kernel is a convolution of x with the batch as its channels. XLA would compute the layers
+    that made x again while it transposes, out of order, which takes longer than the convolution.
     """
-    (stride, padding, _), (batch, *size, channels) = place, x.shape
+    (stride, padding, _), size = place, x.shape[1:3]
     plain = functools.partial(_convolution, place)
     (dx,) = jax.vjp(lambda x: plain(x, kernel), x)[1](gradient)
-    word = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[kernel.dtype.itemsize]
-    always = (jax.lax.bitcast_convert_type(kernel[0, 0, 0, 0], word) | 1) != 0
-    transposed = jax.lax.cond(
-        always,
-        lambda x: x.transpose(3, 1, 2, 0),
-        lambda x: jnp.zeros((channels, *size, batch), x.dtype),
-        x,
-    )
+    transposed = _apart(lambda x: x.transpose(3, 1, 2, 0))(x)
     sizes = zip(padding, gradient.shape[1:3], kernel.shape, size, strict=False)
     dkernel = jax.lax.conv_general_dilated(
         transposed,
