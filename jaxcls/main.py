@@ -11,6 +11,23 @@ from jaxcls.commands import COMMANDS, TRAIN_HELP
 from jaxcls.errors import UserError
 
 
+def console():
+    """`main` as a program of its own, with memory in large pages."""
+    _restart_with_large_pages()
+    sys.exit(main())
+
+
+def _restart_with_large_pages():
+    """Starts the program once more with a setting that glibc reads only as a process starts.
+
+    On CPU, XLA gets a step's memory anew each time; in pages of 2 MB that is up to 15% faster. A user's
+    GLIBC_TUNABLES stays as it is.
+    """
+    if sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ:
+        os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
+        os.execv(sys.executable, sys.orig_argv)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     argv = sys.argv[1:] if argv is None else argv
@@ -69,4 +86,4 @@ def _split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    console()

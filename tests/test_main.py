@@ -286,3 +286,17 @@ def test_the_learning_rate_test_prints_a_rate_and_leaves_a_picture(tmp_path, cap
     picture = tmp_path / 'lr.png'
     argv = ['lr-find', '--steps=40', f'--picture={picture}', '--config.model.name=linear']
     assert 0 < json_of(capsys, *argv, '--json')['suggestion'] < 10 and picture.is_file()
+
+
+def test_restarts_once_with_large_pages_and_leaves_a_users_setting(monkeypatch):
+    restarts = []
+    monkeypatch.setattr(main.os, 'execv', lambda *args: restarts.append(args))
+    monkeypatch.setattr(main.sys, 'platform', 'linux')
+    monkeypatch.delenv('GLIBC_TUNABLES', raising=False)
+    main._restart_with_large_pages()
+    assert restarts == [(sys.executable, sys.orig_argv)]
+    assert main.os.environ['GLIBC_TUNABLES'] == 'glibc.malloc.hugetlb=1'
+    monkeypatch.setenv('GLIBC_TUNABLES', 'glibc.malloc.check=1')
+    main._restart_with_large_pages()
+    assert len(restarts) == 1
+    assert main.os.environ['GLIBC_TUNABLES'] == 'glibc.malloc.check=1'
