@@ -215,11 +215,13 @@ def build(
     num_classes: int,
     examples: int,
     class_counts: Sequence[int] | None = None,
+    change_tx: Callable[[optax.GradientTransformation], Any] = lambda tx: tx,
 ) -> Experiment:
     """Composes a resolved config for images of shape (H, W, C), K classes and N training examples.
 
     Args:
       class_counts: training examples of each class, for a loss that is weighted by them.
+      change_tx: what becomes of the config's Optax chain: seam 4.
 
     Raises:
       UserError: a value that does not fit the model, the data or the length of the run.
@@ -241,15 +243,17 @@ def build(
         steps_per_epoch=examples / config.batch_size,
         warmup_epochs=config.warmup_epochs,
     )
-    tx = optimizers.make_optimizer(
-        **config.optimizer,
-        schedule=learning_rate,
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-        adaptive_clip=config.adaptive_clip,
-        freeze=config.freeze,
-        layer_decay=config.layer_decay,
-        layers=layers,
+    tx = change_tx(
+        optimizers.make_optimizer(
+            **config.optimizer,
+            schedule=learning_rate,
+            weight_decay=config.weight_decay,
+            clip_norm=config.clip_norm,
+            adaptive_clip=config.adaptive_clip,
+            freeze=config.freeze,
+            layer_decay=config.layer_decay,
+            layers=layers,
+        )
     )
     loss = losses.make_loss(**config.loss, class_counts=class_counts)
     gradients = steps.plain_gradients

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ('step', 'program', 'reading', 'startup', 'growth', 'accuracy')
+SCRIPTS = ('step', 'program', 'reading', 'startup', 'growth', 'accuracy', 'together')
 FOLDER = Path(__file__).parent
 
 

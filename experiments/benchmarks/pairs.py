@@ -14,6 +14,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+# What `python -m jaxcls.main` starts itself with, for all workers alike.
+LARGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+
 
 class Timing(NamedTuple):
     """Seconds of each round, and what the worker says of itself."""
@@ -58,7 +61,7 @@ def interleave(
                 [sys.executable, *map(str, command)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env={**os.environ, **(env or {}).get(name, {})},
+                env={**LARGE_PAGES, **os.environ, **(env or {}).get(name, {})},
                 text=True,
             )
             about[name] = json.loads(_line(workers[name], name))
@@ -83,7 +86,8 @@ def last_line(command: Sequence[str], name: str) -> str:
       SystemExit: it failed.
     """
     command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    env = {**LARGE_PAGES, **os.environ}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env)
     if done.returncode:
         _give_up(name, done.returncode)
     return done.stdout.splitlines()[-1]

@@ -1,0 +1,121 @@
+"""(g) Eight seeds: one after another, by `vmap` in one program, or spread over the devices in one program.
+
+    python experiments/benchmarks/together.py [lenet5 resnet20 ...] [--seeds=8] [--out=together.json]
+
+Milliseconds of one step of all seeds, each with its own batch, interleaved; and the ratio to one after
+another, with its spread. Spread: every device has its share of the seeds, unrolled; on CPU there is one
+virtual device per core. `seeds.per_program` chooses by this table.
+"""
+
+import argparse
+import json
+import os
+import statistics
+from pathlib import Path
+
+import pairs
+import step as step_lib
+
+KINDS = ('loop', 'vmap', 'devices')
+
+
+def work(name: str, kind: str, seeds: int):
+    """A step of all seeds."""
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from jaxcls import config as config_lib
+    from jaxcls import experiment as experiment_lib
+
+    accelerator = jax.default_backend() != 'cpu'
+    images, labels = step_lib.random_batch(name, accelerator)
+    *_, classes, fields = step_lib.CASES[name]
+    config = config_lib.get_config()
+    config.model, config.augment, config.batch_size = {'name': name, **fields}, [], len(images)
+    config.optimizer = {'name': 'sgd'}
+    config.data.mean, config.data.std = (0.5,) * images.shape[-1], (0.25,) * images.shape[-1]
+    config = experiment_lib.resolve(config)
+    experiment = experiment_lib.build(config, images.shape[1:], classes, 10_000)
+    step = experiment.train_step
+    rows = {'label': labels, 'index': labels, 'epoch': labels * 0, 'mask': labels >= 0}
+    batch = {'image': images, **rows}
+    if kind == 'loop':
+        init = jax.jit(lambda seed: experiment_lib.init(experiment, seed))
+        states = [init(seed) for seed in range(seeds)]
+        batches = [jax.device_put(batch) for _ in range(seeds)]
+        run = jax.jit(step, donate_argnums=0)
+
+        def all_seeds():
+            for i in range(seeds):
+                states[i], sums = run(states[i], batches[i])
+            return sums
+    else:
+        mesh = Mesh(np.array(jax.devices()), 'seeds')
+        many = NamedSharding(mesh, PartitionSpec('seeds'))
+        init = jax.vmap(lambda seed: experiment_lib.init(experiment, seed))
+        state = jax.jit(init, out_shardings=many)(np.arange(seeds))
+        batch = {key: np.stack([value] * seeds) for key, value in batch.items()}
+        batch = jax.device_put(batch, many)
+
+        def unrolled(state, batch):
+            count = len(batch['label'])
+            found = [step(*jax.tree.map(lambda x: x[i], (state, batch))) for i in range(count)]  # noqa: B023
+            return jax.tree.map(lambda *x: jax.numpy.stack(x), *found)
+
+        inner = jax.vmap(step) if kind == 'vmap' else unrolled
+        spec = PartitionSpec('seeds')
+        run = jax.shard_map(inner, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        run = jax.jit(run, donate_argnums=0)
+
+        def all_seeds():
+            nonlocal state
+            state, sums = run(state, batch)
+            return sums
+
+    repeated, count = step_lib.repeated(all_seeds, jax.block_until_ready)
+    return repeated, {'units': count, 'devices': len(jax.devices())}
+
+
+def main():
+    """Prints the table, or is one of its workers."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    nets = ('lenet5', 'resnet20')
+    parser.add_argument('networks', nargs='*', type=pairs.one_of(step_lib.CASES), default=nets)
+    parser.add_argument('--seeds', type=int, default=8)
+    parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--out', type=Path, default=None)
+    parser.add_argument('--worker', default='')
+    args = parser.parse_args()
+    if args.worker:
+        [name] = args.networks
+        pairs.serve(lambda: work(name, args.worker, args.seeds))
+        return
+    rows = []
+    print(f'{"network":<10}' + ''.join(f'{kind:>26}' for kind in KINDS))
+    for name in args.networks:
+        commands = {
+            kind: [__file__, name, '--worker', kind, '--seeds', args.seeds] for kind in KINDS
+        }
+        spread = {'JAX_NUM_CPU_DEVICES': str(os.cpu_count())}
+        found = pairs.interleave(commands, args.rounds, {'devices': spread})
+        row, cells = {'network': name, 'seeds': args.seeds}, ''
+        each = {k: [s / t.about['units'] for s in t.seconds] for k, t in found.items()}
+        for kind, seconds in each.items():
+            ratios = sorted(a / b for a, b in zip(seconds, each['loop'], strict=True))
+            row[kind] = {
+                'seconds': seconds,
+                'ratio': [statistics.median(ratios), ratios[0], ratios[-1]],
+            }
+            cell = '{:.0f}  {:.2f} ({:.2f} to {:.2f})'.format(
+                1000 * statistics.median(seconds), *row[kind]['ratio']
+            )
+            cells += f'{cell:>26}'
+        rows.append(row)
+        print(f'{name:<10}{cells}', flush=True)
+    if args.out:
+        args.out.write_text(json.dumps({'rows': rows}, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    main()
