@@ -1,7 +1,7 @@
 """How fast CIFAR-10 can be learnt: airbench94 (Jordan 2024, https://arxiv.org/abs/2404.00498), n times.
 
     python experiments/speedrun_cifar.py [--runs=5] [--network=airbench96] [--out=speedrun.json]
-    python experiments/speedrun_cifar.py --runs=1 --epochs=0.01 --batch-size=64 --tta=none   # a dry run
+    python experiments/speedrun_cifar.py --runs=2 --epochs=0.01 --batch-size=64 --tta=none   # a dry run
 
 The recipe of airbench_cifar.py with what that leaves out: rates 64 times as high for the biases of norms,
 lookahead, test images in several views. On an accelerator every run is one program, from the first step
@@ -61,7 +61,7 @@ def make_run(config, views: str):
     examples = len(reader.split.source)
     total = config_lib.epoch_steps(config.epochs, examples, config.batch_size)
     experiment = experiment_lib.build(
-        config, data.image_shape, len(data.class_names), examples,
+        config, data['image_shape'], len(data['class_names']), examples,
         change_tx=functools.partial(change_tx, total_steps=total),
     )  # fmt: skip
     model = experiment.model
@@ -125,6 +125,7 @@ def main():
     config = get_config()
     config.model = {'name': args.network}
     config.epochs = args.epochs or EPOCHS[args.network]
+    config.warmup_epochs *= config.epochs / EPOCHS['airbench94']
     config.batch_size = args.batch_size or config.batch_size
     run = make_run(config, args.tta)
     print(f'{args.network} on {jax.devices()[0].device_kind}, {config.epochs} epochs')
@@ -135,8 +136,7 @@ def main():
         print('seed {seed}: {seconds:.2f} s, {top1:.2%}'.format(**rows[-1]), flush=True)
     for key, scale in (('seconds', 1), ('top1', 100)):
         values = [scale * row[key] for row in rows]
-        interval = intervals.mean_interval(values) if len(values) > 1 else (np.nan, np.nan)
-        print('{}: {:.3f} ({:.3f} to {:.3f})'.format(key, np.mean(values), *interval))
+        print('{}: {:.2f} +- {:.2f}'.format(key, *intervals.mean_interval(values)))
     if args.out:
         args.out.write_text(json.dumps({'network': args.network, 'rows': rows}, indent=1) + '\n')
 
