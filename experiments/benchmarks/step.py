@@ -4,8 +4,9 @@
 
 The same network, uint8 batch and float32, SGD with momentum and an L2 penalty; the batch is on the device
 already. PyTorch is channels_last on CPU. A line gives medians in milliseconds, our time over the faster of
-PyTorch's two with its spread, seconds to compile, and the least time that the convolutions' and products'
-FLOPs take at the rate of this machine's matrix products.
+PyTorch's two with its spread, seconds to compile, and two floors: the least time that the convolutions' and
+products' FLOPs take at the rate of this machine's matrix products, and that the bytes that the compiled
+step reads and writes take at the rate at which it copies memory.
 """
 
 import argparse
@@ -102,9 +103,11 @@ def ours(name: str, mode: str, precision: str):
         def work():
             return step(variables, batch['image'])
 
+    moved = step.cost_analysis().get('bytes accessed')
     run, count = repeated(work, jax.block_until_ready)
     parameters = sum(np.size(x) for x in jax.tree.leaves(state.params))
-    about = {'parameters': parameters, 'compile': seconds, 'flops': flops, 'units': count}
+    about = {'parameters': parameters, 'compile': seconds, 'flops': flops, 'bytes': moved}
+    about['units'] = count
     return run, {**about, 'device': str(jax.devices()[0].device_kind), 'devices': mesh.size}
 
 
@@ -163,6 +166,16 @@ def matmul_rate() -> float:
     return 2 * 2048**3 / best
 
 
+def copy_rate() -> float:
+    """Bytes/s, read and written, of copies of 256 MB by NumPy, on one core."""
+    import numpy as np
+
+    x = np.ones(2**26, np.float32)
+    y = np.empty_like(x)
+    np.copyto(y, x)
+    return 2 * x.nbytes / min(_seconds(lambda: np.copyto(y, x)) for _ in range(7))
+
+
 def _seconds(work) -> float:
     begin = time.perf_counter()
     work()
@@ -179,13 +192,13 @@ def compare(name: str, mode: str, args) -> dict:
     return {'network': name, 'mode': mode, **row}
 
 
-def line(row, sides, rate: float) -> str:
+def line(row, sides, rates: dict[str, float]) -> str:
     """One row of the table."""
     cells = ''.join(f'{1000 * row[side]["median"]:>9.1f}' for side in sides)
     about = row[sides[0]]
-    floor = f'{1000 * about["flops"] / rate:>8.1f}' if 'flops' in about else ''
+    floors = ''.join(f'{1000 * about[k] / rates[k]:>8.1f}' for k in rates if about.get(k))
     ratio = pairs.show_ratio(row)
-    return f'{row["network"]:<13}{row["mode"]:<8}{cells}  {ratio}{about["compile"]:>8.1f} s{floor}'
+    return f'{row["network"]:<13}{row["mode"]:<8}{cells}  {ratio}{about["compile"]:>8.1f} s{floors}'
 
 
 def main():
@@ -207,17 +220,17 @@ def main():
             compiled = args.worker == 'compile'
             pairs.serve(lambda: theirs(name, args.mode, args.precision, compiled))
         return
-    rate, rows = matmul_rate(), []
-    print(f'matrix products: {rate / 1e9:.0f} GFLOP/s')
+    rates, rows = {'flops': matmul_rate(), 'bytes': copy_rate()}, []
+    print('matrix products: {flops:.3g} FLOP/s; copies: {bytes:.3g} B/s'.format(**rates))
     heads = ''.join(f'{side:>9}' for side in args.sides)
-    print(f'{"network":<13}{"step":<8}{heads}  {"ratio (spread)":<23}   compile   floor')
+    print(f'{"network":<13}{"step":<8}{heads}  {"ratio (spread)":<23}   compile   FLOPs   bytes')
     modes = ['train', 'predict'] if args.mode == 'both' else [args.mode]
     for mode in modes:
         for name in args.networks:
             rows.append(compare(name, mode, args))
-            print(line(rows[-1], args.sides, rate), flush=True)
+            print(line(rows[-1], args.sides, rates), flush=True)
     if args.out:
-        args.out.write_text(json.dumps({'matmul_flops': rate, 'rows': rows}, indent=1) + '\n')
+        args.out.write_text(json.dumps({'rates': rates, 'rows': rows}, indent=1) + '\n')
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcls.errors import require
+from jaxcls.models.convolutions import convolve
 from jaxcls.models.layers import (
     ACTIVATIONS,
     NORMS,
@@ -19,7 +20,6 @@ from jaxcls.models.layers import (
     check_fields,
     check_sizes,
     check_window,
-    convolve,
     head,
     init,
     max_pool,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcls.models import layers
+from jaxcls.models import convolutions
 
 # batch, size, channels, kernel, features, stride, padding, groups
 SHAPES = [
@@ -40,11 +40,11 @@ def test_every_form_of_a_convolution_is_that_of_xla(shape):
     place = stride, (padding, padding), groups
 
     def ours(x, kernel):
-        y = layers.convolve(x, kernel, *place)
+        y = convolutions.convolve(x, kernel, *place)
         return jnp.sin(y).sum(), y
 
     def plain(x, kernel):
-        y = layers._convolution(place, x, kernel)
+        y = convolutions._convolution(place, x, kernel)
         return jnp.sin(y).sum(), y
 
     (found, expected) = (
@@ -58,14 +58,16 @@ def test_every_form_of_a_convolution_is_that_of_xla(shape):
 
 def test_the_gradient_of_a_convolution_is_right_in_bfloat16_and_for_many_kernels():
     x, kernel = inputs(4, 8, 3, 3, 5, 1, jnp.bfloat16)
-    gradient = jax.grad(lambda k: layers.convolve(x, k, 1, (1, 1)).astype(jnp.float32).sum())(
+    gradient = jax.grad(lambda k: convolutions.convolve(x, k, 1, (1, 1)).astype(jnp.float32).sum())(
         kernel
     )
     assert gradient.dtype == jnp.bfloat16
     x, kernel = inputs(4, 8, 3, 3, 5, 1)
     kernels = jnp.stack([kernel, 2 * kernel])
     loss = lambda k, convolve: jnp.sin(convolve(x, k)).sum()  # noqa: E731
-    ours = functools.partial(loss, convolve=lambda x, k: layers.convolve(x, k, 1, (1, 1)))
-    plain = functools.partial(loss, convolve=functools.partial(layers._convolution, (1, (1, 1), 1)))
+    ours = functools.partial(loss, convolve=lambda x, k: convolutions.convolve(x, k, 1, (1, 1)))
+    plain = functools.partial(
+        loss, convolve=functools.partial(convolutions._convolution, (1, (1, 1), 1))
+    )
     found, expected = (jax.vmap(jax.grad(f))(kernels) for f in (ours, plain))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
