@@ -8,7 +8,8 @@ batch 128 (8 at 56 and 112 pixels), XLA's own against the form here; PyTorch tak
 | 5x5, 1 to 6 features, 28 pixels | forwards | 10.7 | 4.2 |
 | 3x3, 16 to 16, 32 pixels | forwards, and for x | 8.6 | 6.7 |
 | 1x1, 64 to 256, 56 pixels | for the kernel | 15.4 | 11.4 |
-| depthwise 3x3, 32 features, 112 pixels | forwards | TODO | 2.8 |
+
+Depthwise, XLA's own takes 15 to 50 times as long as the sum of shifted products.
 
 What does not pay: products over shifted slices (3 to 10 times as long), transposing by a product with the
 identity, four phases in place of a dilated gradient at stride 2 (7.9 against 11.4 with 16 features, 70
@@ -141,11 +142,12 @@ def _gradients_of_depthwise_on_cpu(place, x, kernel, gradient):
 
 
 def _gradients_of_pointwise_on_cpu(place, x, kernel, gradient):
-    # A product of matrices, not of [B, H, W, C], which XLA would transpose first.
+    # A product of matrices, not of [B, H, W, C], and without `.T`: XLA would transpose first.
     stride, _, _ = place
     (dx,) = jax.vjp(lambda x: _convolution(place, x, kernel), x)[1](gradient)
     rows = x[:, ::stride, ::stride].reshape(-1, x.shape[-1])
-    return dx, (rows.T @ gradient.reshape(-1, gradient.shape[-1])).reshape(kernel.shape)
+    dkernel = jnp.einsum('nc,nf->cf', rows, gradient.reshape(-1, gradient.shape[-1]))
+    return dx, dkernel.reshape(kernel.shape)
 
 
 def _neighbours(place, x, kernel) -> int:
