@@ -1,7 +1,7 @@
 """The convolution of all networks: XLA's own on accelerators, on CPU the fastest exact form for its shape.
 
 Every form computes the same sums; some in another order. Times are of 2 cores with AVX2, in milliseconds,
-batch 128 (8 at 56 and 112 pixels), XLA's own against the form here; PyTorch takes about the better of both.
+batch 128 (8 at 56 pixels).
 
 | convolution | what | XLA's | here |
 |---|---|---|---|
