@@ -192,8 +192,11 @@ def count_flops(function, *args) -> int:
         total = 0
         for equation in jaxpr.eqns:
             inner = [count(part) for part in jax.extend.core.jaxprs_in_params(equation.params)]
-            # Of branches one runs, such as a platform's own form of a convolution.
-            total += max(inner) if equation.primitive.name == 'cond' else sum(inner)
+            # Of branches one runs. A platform's own form of a convolution may multiply by zeros too,
+            # or have no products at all: neither counts.
+            if equation.primitive.name == 'cond':
+                inner = [min(filter(None, inner), default=0)]
+            total += sum(inner)
             total += _flops(equation)
         return total
 

@@ -66,15 +66,16 @@ def _gradients(form, x, kernel, gradient):
     return jax.vjp(form, x, kernel)[1](gradient)
 
 
-def _apart(function):
+def _apart(function, kernel):
     """The same function of arrays, which XLA neither fuses with what is round it nor computes twice.
 
-    It is a branch that is always taken, which XLA cannot know: a barrier it would take out on CPU.
+    It is a branch that is always taken, which XLA cannot know: a barrier it would take out on CPU. What
+    it looks at is of the kernel, which every device has.
     """
 
     def taken(*args):
-        word = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[args[0].dtype.itemsize]
-        always = (jax.lax.bitcast_convert_type(args[0].ravel()[0], word) | 1) != 0
+        word = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[kernel.dtype.itemsize]
+        always = (jax.lax.bitcast_convert_type(kernel[0, 0, 0, 0], word) | 1) != 0
         shapes = jax.eval_shape(function, *args)
         never = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes)
         return jax.lax.cond(always, function, lambda *_: never, *args)
@@ -99,7 +100,8 @@ def _forms_on_cpu(place, x, kernel):
     _, padding, groups = place
     if groups == x.shape[-1] == kernel.shape[-1] > 1:
         form = functools.partial(_depthwise_on_cpu, place)
-        return _apart(form), _apart(functools.partial(_gradients_of_depthwise_on_cpu, place))
+        gradients = functools.partial(_gradients_of_depthwise_on_cpu, place)
+        return _apart(form, kernel), _apart(gradients, kernel)
     if groups == 1 and kernel.shape[:2] == (1, 1) and padding == (0, 0):
         return None, functools.partial(_gradients_of_pointwise_on_cpu, place)
     if groups == 1:
@@ -187,7 +189,7 @@ def _gradients_on_cpu(place, x, kernel, gradient):
         dx = _wide_on_cpu(back, gradient, turned)
     else:
         (dx,) = jax.vjp(lambda x: _convolution(place, x, kernel), x)[1](gradient)
-    transposed = _apart(lambda x: x.transpose(3, 1, 2, 0))(x)
+    transposed = _apart(lambda x: x.transpose(3, 1, 2, 0), kernel)(x)
     sizes = zip(padding, gradient.shape[1:3], kernel.shape, size, strict=False)
     dkernel = jax.lax.conv_general_dilated(
         transposed,
