@@ -144,19 +144,22 @@ def _gradients_of_depthwise_on_cpu(place, x, kernel, gradient):
 
 
 def _gradients_of_pointwise_on_cpu(place, x, kernel, gradient):
-    # A product of matrices, not of [B, H, W, C], and without `.T`: XLA would transpose first.
+    # A product of matrices, not of [B, H, W, C], which XLA would transpose first. With the gradient on
+    # the left: XLA transposes what is there, and of x it would compute the layer before again.
     stride, _, _ = place
     (dx,) = jax.vjp(lambda x: _convolution(place, x, kernel), x)[1](gradient)
     rows = x[:, ::stride, ::stride].reshape(-1, x.shape[-1])
-    dkernel = jnp.einsum('nc,nf->cf', rows, gradient.reshape(-1, gradient.shape[-1]))
+    dkernel = jnp.einsum('nf,nc->fc', gradient.reshape(-1, gradient.shape[-1]), rows).T
     return dx, dkernel.reshape(kernel.shape)
 
 
 def _neighbours(place, x, kernel) -> int:
     """How many outputs of a row are best computed as one with more features."""
     stride, padding, _ = place
-    width, most = x.shape[2] + 2 * padding[1] - kernel.shape[1] + 1, 32 // kernel.shape[-1]
-    return max((n for n in range(1, most + 1) if width % n == 0), default=1) if stride == 1 else 1
+    if stride > 1:
+        return 1
+    width = x.shape[2] + 2 * padding[1] - kernel.shape[1] + 1
+    return max((n for n in range(1, 32 // kernel.shape[-1] + 1) if width % n == 0), default=1)
 
 
 def _wide_on_cpu(place, x, kernel):
