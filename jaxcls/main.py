@@ -25,7 +25,8 @@ def _restart_with_large_pages():
     """
     if sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ:
         os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
-        os.execv(sys.executable, sys.orig_argv)
+        # Not as argv[0] has it: by that Python finds its virtual environment.
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def main(argv: list[str] | None = None) -> int:

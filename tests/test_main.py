@@ -294,7 +294,7 @@ def test_restarts_once_with_large_pages_and_leaves_a_users_setting(monkeypatch):
     monkeypatch.setattr(main.sys, 'platform', 'linux')
     monkeypatch.delenv('GLIBC_TUNABLES', raising=False)
     main._restart_with_large_pages()
-    assert restarts == [(sys.executable, sys.orig_argv)]
+    assert restarts == [(sys.executable, [sys.executable, *sys.orig_argv[1:]])]
     assert main.os.environ['GLIBC_TUNABLES'] == 'glibc.malloc.hugetlb=1'
     monkeypatch.setenv('GLIBC_TUNABLES', 'glibc.malloc.check=1')
     main._restart_with_large_pages()
