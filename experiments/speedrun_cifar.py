@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -31,6 +30,7 @@ from jaxcls import config as config_lib
 from jaxcls import evaluation, intervals, loop, metrics, optimizers, pipeline, sharding, steps, tta
 from jaxcls import experiment as experiment_lib
 from jaxcls.augment import normalize, to_float
+from jaxcls.errors import UserError, require
 
 BIAS_SCALE, PERIOD, KEEP = 64.0, 5, 0.95**5
 EPOCHS = {'airbench94': 9.9, 'airbench96': 37.5}
@@ -65,16 +65,16 @@ def make_run(config, views: str):
         change_tx=functools.partial(change_tx, total_steps=total),
     )  # fmt: skip
     model = experiment.model
-    first = jnp.zeros((1, *experiment.image_shape), model.dtype)
     start_images = pipeline.load_arrays(reader)[0][: model.start_examples]
 
     @jax.jit
     def begin(seed, whitening):
-        init_key, run_key = jax.random.split(jax.random.key(seed))
-        variables = model.init(init_key, first, train=False)
-        stem = {**variables['params']['stem'], 'whitening': whitening}
-        variables = {**variables, 'params': {**variables['params'], 'stem': stem}}
-        return steps.init_state(variables, experiment.tx, run_key, config.ema_decay)
+        def whitened(variables):
+            params = variables['params']
+            stem = {**params['stem'], 'whitening': whitening}
+            return {**variables, 'params': {**params, 'stem': stem}}
+
+        return experiment_lib.init(experiment, seed, whitened)
 
     def whiten():
         images = normalize(to_float(start_images), config.data.mean, config.data.std)
@@ -124,10 +124,15 @@ def main():
     args = parser.parse_args()
     config = get_config()
     config.model = {'name': args.network}
-    config.epochs = args.epochs or EPOCHS[args.network]
+    config.epochs = EPOCHS[args.network] if args.epochs is None else args.epochs
     config.warmup_epochs *= config.epochs / EPOCHS['airbench94']
-    config.batch_size = args.batch_size or config.batch_size
-    run = make_run(config, args.tta)
+    if args.batch_size is not None:
+        config.batch_size = args.batch_size
+    try:
+        require(args.runs > 0, '--runs', args.runs, 'at least 1')
+        run = make_run(config, args.tta)
+    except UserError as error:
+        parser.error(str(error))
     print(f'{args.network} on {jax.devices()[0].device_kind}, {config.epochs} epochs')
     print(f'compilation and a first run: {run(0)["seconds"]:.1f} s', flush=True)
     rows = []

@@ -311,10 +311,14 @@ def _variables(model: nn.Module, image_shape, key: jax.Array) -> dict[str, Any]:
     return model.init(key, jnp.zeros((1, *image_shape), model.dtype), train=False)
 
 
-def init(experiment: Experiment, seed: jax.Array | int) -> steps.TrainState:
-    """A fresh state; pure, to be compiled or only traced."""
+def init(
+    experiment: Experiment,
+    seed: jax.Array | int,
+    change: Callable[[Any], Any] = lambda variables: variables,
+) -> steps.TrainState:
+    """A fresh state; pure, to be compiled or only traced. `change` has a say in its variables."""
     init_key, run_key = jax.random.split(jax.random.key(seed))
-    variables = _variables(experiment.model, experiment.image_shape, init_key)
+    variables = change(_variables(experiment.model, experiment.image_shape, init_key))
     return steps.init_state(variables, experiment.tx, run_key, experiment.config.ema_decay)
 
 
