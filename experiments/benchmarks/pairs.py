@@ -14,9 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-# What `python -m jaxcls.main` starts itself with, for all workers alike.
-LARGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
-
 
 class Timing(NamedTuple):
     """Seconds of each round, and what the worker says of itself."""
@@ -61,7 +58,7 @@ def interleave(
                 [sys.executable, *map(str, command)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env={**LARGE_PAGES, **os.environ, **(env or {}).get(name, {})},
+                env=_environment((env or {}).get(name, {})),
                 text=True,
             )
             about[name] = json.loads(_line(workers[name], name))
@@ -86,11 +83,15 @@ def last_line(command: Sequence[str], name: str) -> str:
       SystemExit: it failed.
     """
     command = [sys.executable, *map(str, command)]
-    env = {**LARGE_PAGES, **os.environ}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=_environment({}))
     if done.returncode:
         _give_up(name, done.returncode)
     return done.stdout.splitlines()[-1]
+
+
+def _environment(more: dict[str, str]) -> dict[str, str]:
+    """A worker's: with the large pages that `python -m jaxcls.main` starts itself with, for all alike."""
+    return {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1', **os.environ, **more}
 
 
 def _line(worker: subprocess.Popen, name: str) -> str:
@@ -118,6 +119,13 @@ def one_of(known) -> Callable[[str], str]:
     return check
 
 
+def at_least_1(text: str) -> int:
+    """The `type` of an argument that is a number of things."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
+    return int(text)
+
+
 def some_of(known) -> Callable[[str], list[str]]:
     """The `type` of an argument that is several names, with commas between."""
     return lambda text: [one_of(known)(word) for word in text.split(',')]
@@ -142,10 +150,17 @@ def summary(timings: dict[str, Timing]) -> dict[str, Any]:
     peers = [name for name in timings if name != 'ours']
     if 'ours' in row and peers:
         best = min(peers, key=lambda name: row[name]['median'])
-        both = zip(row['ours']['seconds'], row[best]['seconds'], strict=True)
-        ratios = sorted(a / b for a, b in both)
-        row |= {'fastest peer': best, 'ratio': [statistics.median(ratios), ratios[0], ratios[-1]]}
+        row |= {
+            'fastest peer': best,
+            'ratio': ratio(row['ours']['seconds'], row[best]['seconds']),
+        }
     return row
+
+
+def ratio(seconds: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Of two workers' rounds: the median of their ratios, the smallest, the largest."""
+    ratios = [a / b for a, b in zip(seconds, others, strict=True)]
+    return [statistics.median(ratios), min(ratios), max(ratios)]
 
 
 def show_ratio(row: dict[str, Any]) -> str:

@@ -186,7 +186,7 @@ def main():
     """Times the loops and prints, or is one of them."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('networks', nargs='*', type=pairs.one_of(CASES), default=list(CASES))
-    parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--rounds', type=pairs.at_least_1, default=7)
     parser.add_argument('--sides', type=pairs.some_of(SIDES), default=list(SIDES))
     parser.add_argument('--out', type=Path, default=None)
     parser.add_argument('--worker', default='')

@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import pairs
+
 FIRST_STEP = """
 import sys
 from jaxcls import console
@@ -62,7 +64,7 @@ def seconds(name: str, command: list[str], folder: str, i: int) -> float:
 def main():
     """Times and prints."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--rounds', type=pairs.at_least_1, default=5)
     parser.add_argument('--out', type=Path, default=None)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -54,17 +54,14 @@ def random_batch(name: str, accelerator: bool):
     return images, rng.integers(0, classes, batch, np.int32)
 
 
-def ours(name: str, mode: str, precision: str):
-    """Our step, as `fit` and `evaluate` compile it."""
+def case(name: str, precision: str):
+    """The experiment of a case, and its batch on the host."""
     import jax
-    import numpy as np
 
     from jaxcls import config as config_lib
     from jaxcls import experiment as experiment_lib
-    from jaxcls import inspection, sharding, steps
 
-    accelerator = jax.default_backend() != 'cpu'
-    images, labels = random_batch(name, accelerator)
+    images, labels = random_batch(name, jax.default_backend() != 'cpu')
     *_, classes, fields = CASES[name]
     config = config_lib.get_config()
     config.model = {'name': name, **fields}
@@ -75,11 +72,23 @@ def ours(name: str, mode: str, precision: str):
     config.batch_size = len(images)
     config = experiment_lib.resolve(config)
     experiment = experiment_lib.build(config, images.shape[1:], classes, 10_000)
+    rows = {'label': labels, 'index': labels, 'epoch': labels * 0, 'mask': labels >= 0}
+    return experiment, {'image': images, **rows}
+
+
+def ours(name: str, mode: str, precision: str):
+    """Our step, as `fit` and `evaluate` compile it."""
+    import jax
+    import numpy as np
+
+    from jaxcls import experiment as experiment_lib
+    from jaxcls import inspection, sharding, steps
+
+    experiment, batch = case(name, precision)
     mesh = sharding.make_mesh()
     like = experiment_lib.abstract_checkpoint(experiment, mesh)
     state = experiment_lib.initial_state(experiment, like[0])
-    rows = {'label': labels, 'index': labels, 'epoch': labels * 0, 'mask': labels >= 0}
-    batch = jax.device_put({'image': images, **rows}, sharding.split_batch(mesh))
+    batch = jax.device_put(batch, sharding.split_batch(mesh))
     flops = inspection.count_flops(
         experiment.predict, steps.evaluation_variables(state), batch['image']
     )
@@ -207,7 +216,7 @@ def main():
     parser.add_argument('networks', nargs='*', type=pairs.one_of(CASES), default=list(CASES))
     parser.add_argument('--mode', choices=['train', 'predict', 'both'], default='both')
     parser.add_argument('--precision', default='float32')
-    parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--rounds', type=pairs.at_least_1, default=7)
     parser.add_argument('--sides', type=pairs.some_of(SIDES), default=list(SIDES))
     parser.add_argument('--out', type=Path, default=None)
     parser.add_argument('--worker', default='')

@@ -4,13 +4,13 @@
 
 Milliseconds of one step of all seeds, each with its own batch, interleaved; and the ratio to one after
 another, with its spread. Spread: every device has its share of the seeds, unrolled; on CPU there is one
-virtual device per core. `seeds.per_program` chooses by this table.
+virtual device per core. What `seeds.per_program` chooses, it chooses because of this table.
 """
 
 import argparse
 import json
+import math
 import os
-import statistics
 from pathlib import Path
 
 import pairs
@@ -25,21 +25,10 @@ def work(name: str, kind: str, seeds: int):
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from jaxcls import config as config_lib
     from jaxcls import experiment as experiment_lib
 
-    accelerator = jax.default_backend() != 'cpu'
-    images, labels = step_lib.random_batch(name, accelerator)
-    *_, classes, fields = step_lib.CASES[name]
-    config = config_lib.get_config()
-    config.model, config.augment, config.batch_size = {'name': name, **fields}, [], len(images)
-    config.optimizer = {'name': 'sgd'}
-    config.data.mean, config.data.std = (0.5,) * images.shape[-1], (0.25,) * images.shape[-1]
-    config = experiment_lib.resolve(config)
-    experiment = experiment_lib.build(config, images.shape[1:], classes, 10_000)
+    experiment, batch = step_lib.case(name, 'float32')
     step = experiment.train_step
-    rows = {'label': labels, 'index': labels, 'epoch': labels * 0, 'mask': labels >= 0}
-    batch = {'image': images, **rows}
     if kind == 'loop':
         init = jax.jit(lambda seed: experiment_lib.init(experiment, seed))
         states = [init(seed) for seed in range(seeds)]
@@ -51,7 +40,8 @@ def work(name: str, kind: str, seeds: int):
                 states[i], sums = run(states[i], batches[i])
             return sums
     else:
-        mesh = Mesh(np.array(jax.devices()), 'seeds')
+        share = math.gcd(seeds, len(jax.devices()))  # devices that can have as many seeds each
+        mesh = Mesh(np.array(jax.devices()[:share]), 'seeds')
         many = NamedSharding(mesh, PartitionSpec('seeds'))
         init = jax.vmap(lambda seed: experiment_lib.init(experiment, seed))
         state = jax.jit(init, out_shardings=many)(np.arange(seeds))
@@ -82,8 +72,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     nets = ('lenet5', 'resnet20')
     parser.add_argument('networks', nargs='*', type=pairs.one_of(step_lib.CASES), default=nets)
-    parser.add_argument('--seeds', type=int, default=8)
-    parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--seeds', type=pairs.at_least_1, default=8)
+    parser.add_argument('--rounds', type=pairs.at_least_1, default=7)
     parser.add_argument('--out', type=Path, default=None)
     parser.add_argument('--worker', default='')
     args = parser.parse_args()
@@ -99,17 +89,10 @@ def main():
         }
         spread = {'JAX_NUM_CPU_DEVICES': str(os.cpu_count())}
         found = pairs.interleave(commands, args.rounds, {'devices': spread})
-        row, cells = {'network': name, 'seeds': args.seeds}, ''
-        each = {k: [s / t.about['units'] for s in t.seconds] for k, t in found.items()}
-        for kind, seconds in each.items():
-            ratios = sorted(a / b for a, b in zip(seconds, each['loop'], strict=True))
-            row[kind] = {
-                'seconds': seconds,
-                'ratio': [statistics.median(ratios), ratios[0], ratios[-1]],
-            }
-            cell = '{:.0f}  {:.2f} ({:.2f} to {:.2f})'.format(
-                1000 * statistics.median(seconds), *row[kind]['ratio']
-            )
+        row, cells = {'network': name, 'seeds': args.seeds, **pairs.summary(found)}, ''
+        for kind in KINDS:
+            row[kind]['ratio'] = pairs.ratio(row[kind]['seconds'], row['loop']['seconds'])
+            cell = f'{1000 * row[kind]["median"]:.0f} {pairs.show_ratio(row[kind]).rstrip()}'
             cells += f'{cell:>26}'
         rows.append(row)
         print(f'{name:<10}{cells}', flush=True)
