@@ -1,7 +1,9 @@
 """Programs timed against each other: each in its own process, on the same work, in turn.
 
 A worker calls `serve(prepare)`. Its parent calls `interleave(commands)`, which starts one process after
-another, and then lets each run alone, one after the other and so on.
+another, and then lets each run alone, one after the other and so on. A turn is the work twice, and the
+second is timed: what a worker gave back to the system meanwhile it has to get anew in the first (a virtual
+machine may even give it back to its host), which took up to as long as the work itself.
 """
 
 import argparse
@@ -34,6 +36,7 @@ def serve(prepare: Callable[[], tuple[Callable[[], None], dict[str, Any]]]):
     work, about = prepare()
     print(json.dumps({'prepare': time.perf_counter() - begin, **about}), file=out, flush=True)
     for _ in sys.stdin:
+        work()
         begin = time.perf_counter()
         work()
         print(time.perf_counter() - begin, file=out, flush=True)

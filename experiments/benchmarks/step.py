@@ -6,7 +6,7 @@ The same network, uint8 batch and float32, SGD with momentum and an L2 penalty; 
 already. PyTorch is channels_last on CPU. A line gives medians in milliseconds, our time over the faster of
 PyTorch's two with its spread, seconds to compile, and two floors: the least time that the convolutions' and
 products' FLOPs take at the rate of this machine's matrix products, and that the bytes that the compiled
-step reads and writes take at the rate at which it copies memory.
+step reads and writes take at the rate at which it reads and writes an array in place.
 """
 
 import argparse
@@ -165,30 +165,39 @@ def theirs(name: str, mode: str, precision: str, compiled: bool):
     return run, {'parameters': parameters, 'compile': seconds, 'units': count}
 
 
-def matmul_rate() -> float:
-    """FLOP/s of float32 matrix products of 2048 on this machine, by NumPy."""
-    import numpy as np
+def rates(precision: str) -> dict[str, float]:
+    """FLOP/s of matrix products, and bytes/s that are read and written in place, on the device."""
+    import jax
+    import jax.numpy as jnp
 
-    x = np.random.default_rng(0).standard_normal((2048, 2048), np.float32)
-    x @ x
-    best = min(_seconds(lambda: x @ x) for _ in range(7))
-    return 2 * 2048**3 / best
+    size = 2048 if jax.default_backend() == 'cpu' else 8192
+    square = jnp.ones((size, size), 'float32' if precision == 'float32' else 'bfloat16')
+    long = jnp.ones(2**26, jnp.float32)
+    product = jax.jit(jnp.matmul)
+    negative = jax.jit(jnp.negative, donate_argnums=0)
 
+    def flip():
+        nonlocal long
+        long = negative(long)
+        return long
 
-def copy_rate() -> float:
-    """Bytes/s, read and written, of copies of 256 MB by NumPy, on one core."""
-    import numpy as np
-
-    x = np.ones(2**26, np.float32)
-    y = np.empty_like(x)
-    np.copyto(y, x)
-    return 2 * x.nbytes / min(_seconds(lambda: np.copyto(y, x)) for _ in range(7))
+    return {
+        'flops': 2 * size**3 / _seconds(lambda: product(square, square)),
+        'bytes': 2 * long.nbytes / _seconds(flip),
+    }
 
 
 def _seconds(work) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
+    """The best of seven rounds."""
+    import jax
+
+    run, count = repeated(work, jax.block_until_ready)
+    found = []
+    for _ in range(7):
+        begin = time.perf_counter()
+        run()
+        found.append((time.perf_counter() - begin) / count)
+    return min(found)
 
 
 def compare(name: str, mode: str, args) -> dict:
@@ -201,11 +210,11 @@ def compare(name: str, mode: str, args) -> dict:
     return {'network': name, 'mode': mode, **row}
 
 
-def line(row, sides, rates: dict[str, float]) -> str:
+def line(row, sides, limits: dict[str, float]) -> str:
     """One row of the table."""
     cells = ''.join(f'{1000 * row[side]["median"]:>9.1f}' for side in sides)
     about = row[sides[0]]
-    floors = ''.join(f'{1000 * about[k] / rates[k]:>8.1f}' for k in rates if about.get(k))
+    floors = ''.join(f'{1000 * about[k] / limits[k]:>8.1f}' for k in limits if about.get(k))
     ratio = pairs.show_ratio(row)
     return f'{row["network"]:<13}{row["mode"]:<8}{cells}  {ratio}{about["compile"]:>8.1f} s{floors}'
 
@@ -221,6 +230,9 @@ def main():
     parser.add_argument('--out', type=Path, default=None)
     parser.add_argument('--worker', default='')
     args = parser.parse_args()
+    if args.worker == 'rates':
+        print(json.dumps(rates(args.precision)))
+        return
     if args.worker:
         [name] = args.networks
         if args.worker == 'ours':
@@ -229,17 +241,18 @@ def main():
             compiled = args.worker == 'compile'
             pairs.serve(lambda: theirs(name, args.mode, args.precision, compiled))
         return
-    rates, rows = {'flops': matmul_rate(), 'bytes': copy_rate()}, []
-    print('matrix products: {flops:.3g} FLOP/s; copies: {bytes:.3g} B/s'.format(**rates))
+    command = [__file__, '--worker', 'rates', '--precision', args.precision]
+    limits, rows = json.loads(pairs.last_line(command, 'rates')), []
+    print('matrix products: {flops:.3g} FLOP/s; memory: {bytes:.3g} B/s'.format(**limits))
     heads = ''.join(f'{side:>9}' for side in args.sides)
     print(f'{"network":<13}{"step":<8}{heads}  {"ratio (spread)":<23}   compile   FLOPs   bytes')
     modes = ['train', 'predict'] if args.mode == 'both' else [args.mode]
     for mode in modes:
         for name in args.networks:
             rows.append(compare(name, mode, args))
-            print(line(rows[-1], args.sides, rates), flush=True)
+            print(line(rows[-1], args.sides, limits), flush=True)
     if args.out:
-        args.out.write_text(json.dumps({'rates': rates, 'rows': rows}, indent=1) + '\n')
+        args.out.write_text(json.dumps({'rates': limits, 'rows': rows}, indent=1) + '\n')
 
 
 if __name__ == '__main__':
