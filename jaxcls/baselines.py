@@ -51,13 +51,13 @@ def fit(
     """
     workdir = Path(workdir)
     baseline = make_baseline(config)
-    workdir_lib.check(workdir, config)
+    workdir_lib.check(workdir, config, experiment_lib.TABLES)
     if jax.process_count() > 1:
         raise UserError(f'{config.model.name} runs in one process; start it on one host.')
     reader, validation, data = experiment_lib.open_data(config, train=False)
     readers = [reader, experiment_lib.make_reader(config, validation, train=False)]
     with workdir_lib.locked(workdir):
-        workdir_lib.start(workdir, config, data)
+        workdir_lib.start(workdir, config, data, experiment_lib.TABLES)
         records = workdir_lib.read_metrics(workdir)
         if not (records and (workdir / 'result.json').is_file()):
             workdir_lib.rewind_metrics(workdir, 0)

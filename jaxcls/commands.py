@@ -7,10 +7,12 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
 from jaxcls.errors import UserError
+from jaxcls.terminal import printable, refuse, say, warning_line
 
 TRAIN_HELP = """\
 examples:
@@ -167,6 +169,17 @@ def _export_arguments(parser):
     _add_json(parser)
 
 
+def _verify_arguments(parser):
+    parser.add_argument('workdir', type=Path, nargs='?', help='the directory of a run')
+    _add_config(parser, 'with --resume, instead of a run: the config to try; default: the digits')
+    parser.add_argument(
+        '--resume',
+        action='store_true',
+        help='kill a short run of the config twice, and compare it bit for bit with one left alone',
+    )
+    _add_json(parser)
+
+
 def _models_arguments(parser):
     parser.add_argument('pattern', nargs='?', default='*', help="such as 'resnet*'; default: all")
     _add_json(parser)
@@ -180,8 +193,9 @@ def _start():
 
     from jaxcls import sharding
 
-    logging.getLogger('absl').setLevel(logging.ERROR)
-    warnings.formatwarning = lambda message, *_args, **_kwargs: f'jaxcls: {message}\n'
+    for name in ('absl', 'asyncio'):  # Orbax logs what it raises
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.formatwarning = warning_line
     sharding.start_processes()
     if not jax.config.jax_compilation_cache_dir:
         cache = os.environ.get('JAXCLS_CACHE') or Path.home() / '.cache' / 'jaxcls'
@@ -199,7 +213,8 @@ def _load_config(args, more=()):
 
 
 def _print_json(value):
-    print(json.dumps(_json_numbers(value), allow_nan=False))
+    text = json.dumps(_json_numbers(value), allow_nan=False)
+    print(text.replace('\x7f', '\\u007f'))  # the one control character that JSON leaves as it is
 
 
 def _print(args, value, text):
@@ -207,7 +222,7 @@ def _print(args, value, text):
     if args.json:
         _print_json(value)
     else:
-        print(text(value))
+        say(text(value))
 
 
 def _json_numbers(value):
@@ -245,7 +260,7 @@ def _run_train(args) -> int:
     if config.seeds == 1 and outcome.group.members[0].result:
         out.print(console.result_table(outcome.group.members[0]))
     elif config.seeds > 1:
-        print(page.text(sweep.seeds_table(outcome)))
+        say(page.text(sweep.seeds_table(outcome)))
     return 2 if diverged else 0
 
 
@@ -253,15 +268,15 @@ def _print_diverged(outcomes) -> bool:
     """Says which runs were given up, and whether any was."""
     messages = [message for outcome in outcomes for message in outcome.diverged()]
     for message in messages:
-        print(f'jaxcls: {message}', file=sys.stderr)
+        refuse(message)
     return bool(messages)
 
 
 def _stopped(name: str, file=None) -> int:
     """After a signal: says how to go on."""
     program = 'jaxcls' if Path(sys.argv[0]).stem == 'jaxcls' else 'python -m jaxcls.main'
-    print(f'Stopped by {name}; all steps are saved. To go on, run:', file=file)
-    print(f'  {program} {shlex.join(sys.argv[1:])}', file=file)
+    say(f'Stopped by {name}; all steps are saved. To go on, run:', file)
+    say(f'  {program} {shlex.join(sys.argv[1:])}', file)
     return 128 + signal.Signals[name]
 
 
@@ -321,6 +336,7 @@ def _run_member(args, settings, directory, reporter) -> int:
 
 def _run_study(args) -> int:
     from rich.console import Console
+    from rich.text import Text
 
     from jaxcls import config, console, experiment, study
     from jaxcls.report import page
@@ -333,23 +349,24 @@ def _run_study(args) -> int:
         loaded.config.seeds = args.seeds
     directory = args.workdir or Path('runs') / 'studies' / f'{Path(args.name).stem}-{args.data}'
     out = Console()
-    out.print(loaded.question, markup=False, highlight=False)
+    out.print(Text(printable(loaded.question, keep='\n')))
     try:
         sections = study.run(loaded, directory, console.SweepReporter(out))
     except study.Stopped as stopped:
         return _stopped(str(stopped))
     for section in sections:
         if section['kind'] == 'table':
-            print(page.text(section))
-    print(f'{directory / "report.html"}')
+            say(page.text(section))
+    say(f'{directory / "report.html"}')
     return 0
 
 
 def _run_lr_find(args) -> int:
     config = _load_config(args)
     _start()
-    from jaxcls import lr_find
+    from jaxcls import lr_find, pictures
 
+    pictures.check_place(args.picture, '--picture')
     result = lr_find.lr_find(config, low=args.low, high=args.high, steps=args.steps)
     lr_find.write(result, args.picture)
     _print(args, result, lambda result: f'{lr_find.text(result)}\npicture: {args.picture}')
@@ -360,7 +377,7 @@ def _run_report(args) -> int:
     _start()
     from jaxcls.report import runs
 
-    print(runs.write(args.workdirs, args.out))
+    say(runs.write(args.workdirs, args.out))
     return 0
 
 
@@ -398,7 +415,7 @@ def _run_evaluate(args) -> int:
         return 0
     low, high = result['top1_interval']
     name = args.workdir or config.model.init_from
-    print(
+    say(
         f'{name}, step {result["step"]}, {result["split"]}: {result["examples"]:,.0f} examples\n'
         f'accuracy {result["top1"]:.2%} (95% interval {low:.2%} to {high:.2%}), '
         f'top-5 {result["top5"]:.2%}, loss {result["loss"]:.4f}\n'
@@ -417,11 +434,11 @@ def _run_evaluate(args) -> int:
 
 def _print_seeds(workdir: Path, result):
     seeds = f'{len(result["members"])} of {result["seeds"]} seeds'
-    print(f'{workdir}, {seeds}, {result["split"]}: mean +- 95% interval')
+    say(f'{workdir}, {seeds}, {result["split"]}: mean +- 95% interval')
     for key in ('top1', 'top5', 'log_loss', 'f1_macro', 'iou_mean', 'roc_auc_macro', 'ece'):
         if found := result['mean'].get(key):
             half = '' if found['half_width'] is None else f' +- {found["half_width"]:.4f}'
-            print(f'  {key:<14} {found["mean"]:.4f}{half}')
+            say(f'  {key:<14} {found["mean"]:.4f}{half}')
 
 
 def _number(value) -> str:
@@ -439,9 +456,9 @@ def _run_predict(args) -> int:
         _print_json({'images': results})
         return 0
     for result in results:
-        print(result['image'])
+        say(result['image'])
         for guess in result['predictions']:
-            print(f'  {guess["probability"]:7.2%}  {guess["class"]}')
+            say(f'  {guess["probability"]:7.2%}  {guess["class"]}')
     return 0
 
 
@@ -460,8 +477,9 @@ def _run_data(args) -> int:
         raise UserError(f'--samples is {args.samples}; it must be at least 1.')
     config = _load_config(args)
     _start()
-    from jaxcls import inspection
+    from jaxcls import inspection, pictures
 
+    pictures.check_place(args.sheet, '--sheet')
     description = inspection.describe_data(config, args.sheet, args.samples)
     _print(args, description, inspection.data_text)
     return 0
@@ -477,10 +495,10 @@ def _run_few_shot(args) -> int:
     if args.json:
         _print_json(result)
         return 0
-    print(f'{args.workdir} on {result["data"]}, {len(result["classes"])} classes: ridge regression')
+    say(f'{args.workdir} on {result["data"]}, {len(result["classes"])} classes: ridge regression')
     for row in result['shots']:
         spread = '' if row['half_width'] is None else f' +- {row["half_width"]:.2%} (95%)'
-        print(f'  {row["per_class"]:>6} examples a class: accuracy {row["top1"]:.2%}{spread}')
+        say(f'  {row["per_class"]:>6} examples a class: accuracy {row["top1"]:.2%}{spread}')
     return 0
 
 
@@ -500,6 +518,55 @@ def _run_export(args) -> int:
     return 0
 
 
+def _run_verify(args) -> int:
+    if bool(args.workdir) == args.resume or (args.workdir and (args.config or args.overrides)):
+        raise UserError(
+            'Give the directory of a run, to check its checkpoints; or --resume with a --config, to try '
+            'on this machine whether its runs resume.'
+        )
+    config = _load_config(args) if args.resume else None
+    _start()
+    from jaxcls import verify
+
+    if args.workdir:
+        rows = verify.verify(args.workdir)
+        problems = [row for row in rows if row['problem']]
+        _print(args, rows, lambda rows: '\n'.join(map(_verified, rows)))
+        if problems:
+            raise UserError(
+                f'{len(problems)} of {len(rows)} checkpoints are damaged. Training goes on from the newest '
+                'that is intact; repeat its `jaxcls train`.'
+            )
+        return 0
+    with tempfile.TemporaryDirectory(prefix='jaxcls-verify-') as directory:
+        found = verify.resumes(config, Path(directory))
+    killed = ' and '.join(map(str, found['killed']))
+    _print(
+        args,
+        found,
+        lambda found: (
+            f'{found["steps"]} steps of {config.model.name} on {config.data.name}, killed after step '
+            f'{killed}, against a run left alone: '
+            + (
+                f'{len(found["differs"])} differences'
+                if found['differs']
+                else f'the log and {found["arrays"]} arrays are the same, bit for bit'
+            )
+        ),
+    )
+    if found['differs']:
+        raise UserError(
+            f'The resumed run differs: {", ".join(found["differs"][:5])}. On a GPU, set '
+            'XLA_FLAGS=--xla_gpu_deterministic_ops=true; elsewhere that is a bug: please report it.'
+        )
+    return 0
+
+
+def _verified(row) -> str:
+    state = f'damaged: {row["problem"]}' if row['problem'] else f'intact, {row["arrays"]} arrays'
+    return f'{row["workdir"]}  step {row["step"]:>6,}  {state}'
+
+
 def _run_models(args) -> int:
     from jaxcls import inspection
 
@@ -509,7 +576,7 @@ def _run_models(args) -> int:
         return 0
     for i, row in enumerate(rows):
         header = '' if i else f'{inspection.MODELS_HEADER}\n'
-        print(header + inspection.model_line(row), flush=True)
+        say(header + inspection.model_line(row))
     return 0
 
 
@@ -540,6 +607,11 @@ COMMANDS = {
         _few_shot_arguments,
         _run_few_shot,
         "accuracy of a linear classifier on a run's features",
+    ),
+    'verify': (
+        _verify_arguments,
+        _run_verify,
+        "whether a run's checkpoints are intact, and a config's runs resume exactly",
     ),
     'export-weights': (_export_arguments, _run_export, "a run's weights as safetensors"),
     'data': (_data_arguments, _run_data, 'what a data set holds, and a sheet of augmented samples'),

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import re
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def get_config() -> ConfigDict:
                 'std': (0.5,),
                 'pipeline': 'auto',  # 'resident': on the device; 'stream': read as it goes
                 'workers': 0,  # processes that read a stream; 0: threads of this one
+                'max_bad_images': 0.01,  # share of training images that may be undecodable: left out
             },
             'augment': [],
             'model': {'name': 'lenet_small'},
@@ -124,13 +126,17 @@ def run_file(path: Path, function: str, *args) -> Any:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return getattr(module, function)(*args)
+        if callable(getattr(module, function, None)):
+            return getattr(module, function)(*args)
     except UserError:
         raise
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f', line {frame.lineno}' for frame in frames if frame.filename == str(path)]
         raise UserError(
-            f'{path} failed: {type(error).__name__}: {error}. Mend the file.'
+            f'{path}{"".join(lines[-1:])} failed: {type(error).__name__}: {error}. Mend the file.'
         ) from error
+    raise UserError(f'{path} has no function {function}(); define it, as the experiments do.')
 
 
 def apply_overrides(config: ConfigDict, overrides: Iterable[tuple[str, str]], tables: Tables):
@@ -159,11 +165,21 @@ def apply_overrides(config: ConfigDict, overrides: Iterable[tuple[str, str]], ta
 def _rename(config: ConfigDict, path: str, name: str):
     """Where the path is the name of a section or an augmentation: starts that afresh."""
     parent, _, field = path.rpartition('.')
-    item = re.fullmatch(r'augment\[(\d+)\]', parent)
-    if field == 'name' and parent in SECTIONS and config[parent].get('name') != name:
+    place = _place(parent.removeprefix('augment')) if parent.startswith('augment') else None
+    if field == 'name' and parent in SECTIONS and _named(config[parent]) != name:
         config[parent] = ConfigDict({'name': name})
-    elif field == 'name' and item and int(item[1]) < len(config.augment):
-        config.augment[int(item[1])] = {'name': name}
+    elif field == 'name' and place is not None and place < len(_list(config.augment)):
+        config.augment[place] = {'name': name}
+
+
+def _named(section: Any) -> Any:
+    return section.get('name') if isinstance(section, (Mapping, ConfigDict)) else None
+
+
+def _place(part: str) -> int | None:
+    """The number of '[3]'."""
+    found = re.fullmatch(r'\[([0-9]{1,9})\]', part)
+    return int(found[1]) if found else None
 
 
 def complete(config: ConfigDict, tables: Tables):
@@ -185,7 +201,7 @@ def _list(value: Any) -> list:
 
 
 def _completed(kind: str, spec: Mapping[str, Any], table: Mapping[str, Callable]) -> dict:
-    if not isinstance(spec, (Mapping, ConfigDict)) or 'name' not in spec:
+    if not _named(spec) or not all(isinstance(field, str) for field in spec):
         raise UserError(
             f"config.{kind} is {spec!r}; it must be a dict with a 'name', one of: {', '.join(table)}."
         )
@@ -222,10 +238,14 @@ def _set(config: ConfigDict, path: str, text: str):
 
 def _child(node: Any, part: str, where: str) -> Any:
     if isinstance(node, list):
-        index = part.strip('[]')
-        if not (part.startswith('[') and index.isdigit() and int(index) < len(node)):
-            raise UserError(f'{where} has items 0 to {len(node) - 1}, not {part!r}.')
-        return node[int(index)]
+        place = _place(part)
+        if place is None or place >= len(node):
+            known = f'items 0 to {len(node) - 1}' if node else 'no items'
+            raise UserError(
+                f'{where} has {known}, not {part!r}. Set one that is there, or all of them: '
+                "--config.augment=\"[{'name': 'flip'}]\"."
+            )
+        return node[place]
     if not isinstance(node, (ConfigDict, dict)) or part not in node:
         known = node if isinstance(node, (ConfigDict, dict)) else ()
         raise UserError(f'{where} has no field {part!r}. {registry.did_you_mean(part, known)}')
@@ -243,9 +263,11 @@ def _parse(text: str, old: Any) -> Any:
 def literal(text: str) -> Any:
     """The number, tuple, list or dict that a text writes, else the text."""
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
+        repr(value)  # not so of hexadecimal integers of thousands of digits
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
+    return value
 
 
 # What the items of tuples that are empty by default are like; numbers in any others are floats.
@@ -280,7 +302,7 @@ def validate(config: ConfigDict):
     _check_fields(config, get_config(), 'config')
     for path, low, high in _RANGES:
         value = _at(config, path)
-        if not (math.isfinite(value) and low <= value <= high):
+        if not (low <= value <= high and value < math.inf):
             raise UserError(f'config.{path} is {value}; it must be {_range(low, high)}.')
     for path, choices in _CHOICES:
         if _at(config, path) not in choices:
@@ -304,6 +326,7 @@ _RANGES = (
     ('data.image_size', 0, 4096),
     ('data.crop_fraction', 0.01, 1.0),
     ('data.workers', 0, 512),
+    ('data.max_bad_images', 0, 1),
     ('learning_rate', _TINY, math.inf),
     ('warmup_epochs', 0, math.inf),
     ('weight_decay', 0, math.inf),
@@ -372,7 +395,7 @@ def _check_together(config: ConfigDict):
         )
     try:
         re.compile(config.freeze)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UserError(
             f'config.freeze is {config.freeze!r}, not a regular expression: {error}. '
             "For example '^(?!head)' freezes all but the head."
@@ -416,30 +439,48 @@ def _check_together(config: ConfigDict):
 
 def to_json(config: ConfigDict) -> str:
     """The config as indented JSON, keys sorted, tuples as lists."""
-    return json.dumps(json.loads(config.to_json_best_effort()), indent=2, sort_keys=True)
+    return json.dumps(as_json(config), indent=2, sort_keys=True)
 
 
-def from_json(text: str) -> ConfigDict:
+def as_json(config: ConfigDict) -> dict[str, Any]:
+    """The config as JSON has it: dicts, and lists for tuples."""
+    return json.loads(config.to_json_best_effort())
+
+
+def from_json(text: str, tables: Tables | None = None) -> ConfigDict:
     """The config out of `to_json`: lists of plain values are tuples again. ValueError if it is none.
 
-    Fields that it lacks, because an older version wrote it, have their defaults: those are neutral.
+    Fields that it lacks, because an older version wrote it, have their defaults: those are neutral. With
+    `tables` that goes for its sections as well (`complete`).
     """
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError('its brackets are nested thousands deep') from None
     if not isinstance(value, dict):
         raise ValueError(f'a config is a dict of fields, not {type(value).__name__}')
     config, defaults = ConfigDict(_tuples(value)), get_config()
     for part, known in ((config, defaults), (config.get('data', {}), defaults.data)):
+        if not isinstance(part, (ConfigDict, dict)):
+            raise ValueError(f'its data are {part!r}, not a dict of fields')
         for field in known:
             if field not in part and field not in (*SECTIONS, 'augment', 'data'):
                 part[field] = known[field]
+    if tables:
+        complete(config, tables)
     return config
 
 
-def _tuples(value: Any, key: str = '') -> Any:
+_DEPTH = 20  # more than twice that of any config; libraries go through one by recursion
+
+
+def _tuples(value: Any, key: str = '', depth: int = 0) -> Any:
+    if depth > _DEPTH:
+        raise ValueError(f'its fields are nested more than {_DEPTH} deep')
     if isinstance(value, dict):
-        return {key: _tuples(item, key) for key, item in value.items()}
+        return {key: _tuples(item, key, depth + 1) for key, item in value.items()}
     if isinstance(value, list):
-        items = [_tuples(item) for item in value]
+        items = [_tuples(item, '', depth + 1) for item in value]
         dicts = key == 'augment' or (items and isinstance(items[0], dict))
         return items if dicts else tuple(items)
     return value
@@ -447,7 +488,7 @@ def _tuples(value: Any, key: str = '') -> Any:
 
 def differences(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
     """The fields that differ, by dotted name, as `(old, new)`; `'absent'` where there is none."""
-    old, new = _flat(json.loads(to_json(old))), _flat(json.loads(to_json(new)))
+    old, new = _flat(as_json(old)), _flat(as_json(new))
     return {
         path: (old.get(path, 'absent'), new.get(path, 'absent'))
         for path in sorted(old.keys() | new.keys())

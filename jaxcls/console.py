@@ -8,13 +8,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from jaxcls import results
+from jaxcls.terminal import printable
 
 
 def print_line(console: Console, text: str):
     """One line, as it is."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(Text(printable(text, keep='\n')), soft_wrap=True)
 
 
 class Reporter:
@@ -67,6 +69,12 @@ class Reporter:
         self.epochs_a_step = self.batch_size / experiment.examples
         self.validate = run.events.validate
         self.first, self.begin = step, time.perf_counter()
+
+    def on_restart(self, event):
+        self.print(
+            f'{event["workdir"]} has no checkpoint: it was stopped before it saved one. Its '
+            f'{event["dropped"]} log lines are dropped, and it starts again from step 0.'
+        )
 
     def on_compiled(self, event):
         self.begin += event['seconds']
@@ -180,7 +188,7 @@ def show(value: float | None, unit: str = '') -> str:
 def result_table(member: results.Member) -> Table:
     """The end of a run: accuracy with its interval, the gap, where the files are."""
     summary = member.result
-    title = escape(f'Result of {member.workdir}')
+    title = escape(printable(f'Result of {member.workdir}'))
     table = Table(show_header=False, title=title, title_justify='left')
     low, high = summary['top1_interval']
     rows = {

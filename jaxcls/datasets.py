@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jaxcls import loaders
 from jaxcls.errors import UserError
@@ -24,6 +24,8 @@ DATASETS: dict[str, Callable[[str, str, int], loaders.Dataset]] = {
     'digits': loaders.digits,
 }
 MAX_PIXELS = 50_000_000
+# Pillow reads more, such as EPS, for which it runs the file as a program of Ghostscript's.
+FORMATS = ('BMP', 'GIF', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP')
 
 
 @dataclass(frozen=True)
@@ -270,7 +272,10 @@ def _open(name: str, data_dir: str, seed: int) -> loaders.Dataset:
         raise UserError(
             f'Unknown data set {name!r}, expected tfds:NAME, folder:PATH, npz:PATH or digits.{hint}'
         )
-    return DATASETS[kind](location, data_dir, seed)
+    try:
+        return DATASETS[kind](location, data_dir, seed)
+    except OSError as e:
+        raise UserError(f'{name} cannot be read: {e}. Check the path and its permissions.') from e
 
 
 def _remake(*arguments) -> ArraySource:
@@ -339,7 +344,7 @@ def decode(image: bytes | np.ndarray, channels: int) -> np.ndarray:
     people see them. Of an animation it is the first frame.
 
     Args:
-      image: a file of any format that Pillow reads, or uint8 [H, W, C].
+      image: a file of one of FORMATS, or uint8 [H, W, C].
       channels: 1 (luminance), 3 (RGB) or 4 (RGBA); for an array also its own number.
 
     Raises:
@@ -348,7 +353,7 @@ def decode(image: bytes | np.ndarray, channels: int) -> np.ndarray:
     if isinstance(image, np.ndarray):
         return _match_channels(image, channels)
     try:
-        with Image.open(io.BytesIO(image)) as picture:
+        with Image.open(io.BytesIO(image), formats=FORMATS) as picture:
             pixels = picture.width * picture.height
             if pixels <= MAX_PIXELS:
                 return _to_array(picture, _MODES[channels])
@@ -358,8 +363,15 @@ def decode(image: bytes | np.ndarray, channels: int) -> np.ndarray:
         raise
     except Exception as e:  # Pillow's decoders raise all kinds on damaged files
         kind = f'{image[:8]!r}... of {len(image):,} bytes'
-        raise UserError(f'Not an image that can be decoded: {kind}: {e}') from e
-    raise UserError(f'Image of {pixels:,} pixels or more, expected at most {MAX_PIXELS:,}.')
+        # Pillow's own words have an address in memory: another one each time.
+        why = 'unknown format' if isinstance(e, UnidentifiedImageError) else e
+        raise UserError(
+            f'Not an image that can be decoded: {kind}: {why}. Get it again, or leave it out; '
+            f'{", ".join(FORMATS)} are read.'
+        ) from e
+    raise UserError(
+        f'Image of {pixels:,} pixels or more, expected at most {MAX_PIXELS:,}. Make it smaller.'
+    )
 
 
 def _to_array(picture: Image.Image, mode: str) -> np.ndarray:

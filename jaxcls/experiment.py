@@ -148,7 +148,7 @@ def open_data(config: ConfigDict, train: bool = True) -> OpenedData:
       UserError: a split that is not there, or different classes.
     """
     training, validation = _load_splits(config)
-    reader = make_reader(config, training, train)
+    reader = make_reader(config, training, train)._replace(max_bad=config.data.max_bad_images)
     return OpenedData(reader, validation, _describe_data(config, reader, validation))
 
 

@@ -1,9 +1,9 @@
 """Loaders of data sets: from TFDS, a folder of images, an npz file, or scikit-learn's digits."""
 
 import hashlib
+import math
 import os
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +37,14 @@ def digest(parts: Iterable[Any]) -> str:
 def data_root(data_dir: str = '') -> Path:
     """The directory of the TFDS data sets."""
     root = data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
-    return Path(root).expanduser().absolute()
+    return _absolute(root)
+
+
+def _absolute(path: str) -> Path:
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as e:
+        raise UserError(f'{path}: {e} Write the path in full.') from None
 
 
 def tfds(location: str, data_dir: str, seed: int) -> Dataset:
@@ -141,7 +148,7 @@ def folder(location: str, data_dir: str, seed: int) -> Dataset:
     'train' if there is one. Examples are in a fixed pseudo-random order, so that slices are fair.
     """
     del data_dir
-    root = Path(location).expanduser().absolute()
+    root = _absolute(location)
     if not root.is_dir():
         raise UserError(f'folder:{location}: there is no directory {root}.')
     groups = {d.name: d for d in _subdirectories(root) if d.name in SPLIT_DIRECTORIES}
@@ -236,7 +243,7 @@ def npz(location: str, data_dir: str, seed: int) -> Dataset:
     `class_names` of strings may name the classes.
     """
     del data_dir, seed
-    path = Path(location).expanduser().absolute()
+    path = _absolute(location)
     headers = _npz_headers(path)
     names = [k[2:] for k in headers if k.startswith('x_') and f'y_{k[2:]}' in headers]
     if not names:
@@ -263,41 +270,63 @@ def npz(location: str, data_dir: str, seed: int) -> Dataset:
 
 
 Header = tuple[tuple[int, ...], np.dtype, int]
+_AGAIN = 'Get it again, or write it with numpy.savez.'
+_DEFLATED = 1100  # no byte of a deflated file becomes more; lies of a header about its size may
 
 
 def _npz_headers(path: Path) -> dict[str, Header]:
-    """The shape, the dtype and the CRC of each array, without reading it."""
+    """The shape, the dtype and the CRC of each array, without reading it.
+
+    Raises:
+      UserError: no npz file; or an array is of another size than its header says, which would have
+        NumPy ask for memory that no data are for.
+    """
     headers = {}
     try:
+        size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
-                if not entry.filename.endswith('.npy'):
-                    continue
-                with archive.open(entry) as file:
-                    if np.lib.format.read_magic(file) == (1, 0):
-                        header = np.lib.format.read_array_header_1_0(file)
-                    else:
-                        header = np.lib.format.read_array_header_2_0(file)
-                headers[entry.filename.removesuffix('.npy')] = (header[0], header[2], entry.CRC)
+                if entry.filename.endswith('.npy'):
+                    key = entry.filename.removesuffix('.npy')
+                    headers[key] = _npy_header(archive, entry, size)
     except FileNotFoundError as e:
-        raise UserError(f'npz:{path}: there is no such file.') from e
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as e:
-        raise UserError(f'{path} is not an npz file: {e}') from e
+        raise UserError(f'npz:{path}: there is no such file. Check the path.') from e
+    except Exception as e:  # NumPy and zipfile raise all kinds on damaged files
+        raise UserError(f'{path} is not an npz file: {e}. {_AGAIN}') from e
     return headers
+
+
+def _npy_header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, size: int) -> Header:
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f'{entry.filename} is compressed in a way that NumPy does not write')
+    if not entry.file_size <= _DEFLATED * entry.compress_size <= _DEFLATED * size:
+        raise ValueError(f'{entry.filename} would have {entry.file_size:,} bytes')
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):  # a later one may have a header of any length
+            raise ValueError(f'{entry.filename} is of version {version}, not of plain numbers')
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        begin = file.tell()
+    wanted = begin + math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or (not dtype.hasobject and wanted != entry.file_size):
+        raise ValueError(
+            f'{entry.filename} is {dtype} {list(shape)} by its header, in {entry.file_size:,} bytes'
+        )
+    return shape, dtype, entry.CRC
 
 
 def _npz_array(path: Path, key: str) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return arrays[key]
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as e:
-        raise UserError(f'The array {key} of {path} cannot be read: {e}') from e
+    except Exception as e:  # NumPy and zipfile raise all kinds on damaged files
+        raise UserError(f'The array {key} of {path} cannot be read: {e}. {_AGAIN}') from e
 
 
 def _check_npz(path: Path, name: str, headers: Mapping[str, Header]):
     (x_shape, x_type, _), (y_shape, y_type, _) = headers[f'x_{name}'], headers[f'y_{name}']
     channels = (*x_shape[1:], 1)[2] if len(x_shape) in (3, 4) else 0
-    images = x_type == np.uint8 and channels in (1, 3, 4)
+    images = x_type == np.uint8 and channels in (1, 3, 4) and min(x_shape[1:]) > 0
     labels = y_type.kind in 'iu' and y_shape in (x_shape[:1], (*x_shape[:1], 1))
     if images and labels:
         return
@@ -315,13 +344,24 @@ def _npz_classes(
     path: Path, headers: Mapping[str, Header], labels: Mapping[str, np.ndarray]
 ) -> tuple[str, ...]:
     values = np.concatenate(list(labels.values()))
-    classes = int(values.max(initial=0)) + 1
-    names = tuple(str(i) for i in range(classes))
+    classes, known = int(values.max(initial=0)) + 1, f', K at most {_CLASSES:,}'
+    names = tuple(str(i) for i in range(min(classes, _CLASSES)))
     if 'class_names' in headers:
-        names = tuple(str(name) for name in _npz_array(path, 'class_names').reshape(-1))
+        names = _npz_names(path)
+        known = f' for the {len(names)} class_names'
     if values.min(initial=0) < 0 or classes > len(names):
         raise UserError(
-            f'{path} has labels from {values.min()} to {values.max()}, expected 0 to K - 1'
-            + (f' for the {len(names)} class_names.' if 'class_names' in headers else '.')
+            f'{path} has labels from {values.min()} to {values.max()}, expected 0 to K - 1{known}.'
         )
     return names
+
+
+def _npz_names(path: Path) -> tuple[str, ...]:
+    array = _npz_array(path, 'class_names').reshape(-1)
+    try:
+        return tuple(map(str, array))
+    except Exception as e:  # NumPy raises SystemErrors where four bytes are no character
+        raise UserError(f'The class_names of {path} cannot be read: {e}. {_AGAIN}') from e
+
+
+_CLASSES = 1_000_000  # without names: more is a label that is no class

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import math
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
 from jaxcls import experiment as experiment_lib
 from jaxcls import metrics, pipeline, steps
@@ -114,7 +117,7 @@ class Signals:
 
     def _note(self, number, _frame):
         self.name = signal.Signals(number).name
-        signal.signal(number, self.previous[number])  # a second one ends at once
+        self.__exit__()  # a second one, of either kind, is not waited for
 
     def __exit__(self, *_):
         for number, handler in self.previous.items():
@@ -137,12 +140,18 @@ def make_zeros(like) -> Callable:
 
 
 def make_advance(
-    train_step: Callable, feed: pipeline.Feed, like: Any, clock: Clock, on_event: OnEvent
+    train_step: Callable,
+    feed: pipeline.Feed,
+    like: Any,
+    clock: Clock,
+    on_event: OnEvent,
+    begin_step: Callable[[int], None] = lambda step: None,
 ) -> Callable:
     """`advance(step, count, state, totals)`: runs `count` steps, compiling at the first call of a count.
 
     Args:
       like: shapes and shardings of (state, totals).
+      begin_step: told the step that is about to run, once it is compiled.
     """
     places = jax.tree.map(lambda leaf: leaf.sharding, like)
     run_steps = jax.jit(
@@ -160,6 +169,7 @@ def make_advance(
                 programs[count] = run_steps.lower(*args).compile()
                 seconds = time.perf_counter() - begin
             on_event({'kind': 'compiled', 'steps': count, 'seconds': seconds})
+        begin_step(step + 1)
         state, totals = programs[count](*args)
         ahead.append(totals)
         if len(ahead) > _CALLS_AHEAD:
@@ -212,23 +222,45 @@ def _place(experiment, step: int, clock: Clock) -> dict[str, Any]:
 
 def tensorboard(
     workdir: Path, restored: workdir_lib.Restored | None, stack: contextlib.ExitStack
-) -> SummaryWriter | None:
-    """The event file of the first process; what an earlier start wrote after the step is purged."""
+) -> RecordWriter | None:
+    """The event file of the first process; what an earlier start wrote after the step is purged.
+
+    tensorboardX's own `SummaryWriter` writes in a thread, where nobody sees that a disk is full.
+    """
     if jax.process_index():
         return None
-    writer = SummaryWriter(str(workdir), purge_step=restored.step + 1 if restored else None)
-    stack.callback(writer.close)
+    name = f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}'
+    with workdir_lib.writable(workdir):
+        writer = RecordWriter(str(workdir / name))
+    stack.callback(_close, workdir, writer)
+    _write_event(writer, 0, file_version='brain.Event:2')
+    if restored:
+        start = SessionLog(status=SessionLog.START)
+        _write_event(writer, restored.step + 1, session_log=start)
     return writer
 
 
-def write(workdir: Path, writer: SummaryWriter | None, record: dict[str, Any]):
+def _close(workdir: Path, writer: RecordWriter):
+    with workdir_lib.writable(workdir):
+        writer.close()
+
+
+def _write_event(writer: RecordWriter, step: int, **what):
+    writer.write(Event(wall_time=time.time(), step=step, **what).SerializeToString())
+
+
+def write(workdir: Path, writer: RecordWriter | None, record: dict[str, Any]):
     """Adds a log line to metrics.jsonl and to TensorBoard's events, by the process that has a writer."""
     if not writer:
         return
     workdir_lib.append_metrics(workdir, record)
-    for name, value in record.items():
-        if name not in ('kind', 'step') and value is not None:
-            writer.add_scalar(f'{name}/{record["kind"]}', value, record['step'])
+    values = [
+        Summary.Value(tag=f'{name}/{record["kind"]}', simple_value=value)
+        for name, value in record.items()
+        if name not in ('kind', 'step') and value is not None
+    ]
+    with workdir_lib.writable(workdir):
+        _write_event(writer, record['step'], summary=Summary(value=values))
 
 
 def finite(summary: dict[str, float]) -> dict[str, float | None]:
@@ -244,6 +276,7 @@ def divergence(
     experiment: experiment_lib.Experiment,
     step: int,
     bad_in_a_row: int,
+    history: list[dict[str, Any]],
     checkpoints: workdir_lib.Checkpoints,
 ) -> str:
     """The message after `config.max_bad_steps` non-finite steps in a row; '' before."""
@@ -254,10 +287,16 @@ def divergence(
     saved = checkpoints.manager.latest_step()
     place = checkpoints.directory.parent
     kept = 'There is no checkpoint yet' if saved is None else f'Step {saved} is saved in {place}'
+    good = [r for r in history if r['kind'] == 'train' and r['loss'] is not None]
+    last = (
+        f'the last finite loss is {good[-1]["loss"]:.4g}, logged at step {good[-1]["step"]}'
+        if good
+        else 'no finite loss was logged'
+    )
     return (
         f'Stopped at step {step}: the loss or its gradient has not been finite in the last '
         f'{bad_in_a_row} steps, since step {step - bad_in_a_row + 1} '
-        f'(config.max_bad_steps={limit}). {kept}. Try, in another '
+        f'(config.max_bad_steps={limit}); {last}. {kept}. Try, in another '
         '--workdir, a lower config.learning_rate, config.clip_norm=1.0 or a longer '
         'config.warmup_epochs.'
     )
@@ -269,13 +308,15 @@ class Hooks(NamedTuple):
     Attributes:
       log: `(step, state, totals)`, the sums since the last log line.
       validate: `(step, state) -> (give up, save)`.
-      save: `(step, (state, totals))`.
+      save: `(step, (state, totals))`, in the background.
+      wait: `()`, until all that was saved is on disk.
       progress: `(step)`, after each call of the program.
     """
 
     log: Callable
     validate: Callable
     save: Callable
+    wait: Callable
     progress: Callable
 
 
@@ -288,7 +329,7 @@ def drive(
     zeros: Callable,
     hooks: Hooks,
 ) -> tuple[Any, str]:
-    """From a step to another, an early stop or a signal; the last step is saved.
+    """From a step to another, an early stop or a signal; the last step is on disk when it returns.
 
     Args:
       tree: (state, totals).
@@ -315,5 +356,8 @@ def drive(
             if due or name:
                 hooks.save(step, (state, totals))
             if name:
-                return state, name
-    return state, 'early' if early else 'done' if step == events.stops[-1] else 'paused'
+                break
+        hooks.wait()
+        name = signals.received(together=True)  # it may have come while the last step was saved
+    end = 'early' if early else 'done' if step == events.stops[-1] else 'paused'
+    return state, name or end

@@ -1,19 +1,25 @@
 """The command line: `python -m jaxcls.main [COMMAND] ...`, also installed as `jaxcls`.
 
-Exit status: 0 done, 2 a mistake to mend, 130 stopped by Ctrl-C, 143 by SIGTERM (both after saving).
+Exit status: 0 done, 2 a mistake to mend, 75 another process of the run was lost (repeat the command),
+130 stopped by Ctrl-C, 143 by SIGTERM (both after saving).
 """
 
 import argparse
 import os
+import re
+import signal
 import sys
 
 from jaxcls.commands import COMMANDS, TRAIN_HELP
 from jaxcls.errors import UserError
+from jaxcls.registry import did_you_mean
+from jaxcls.terminal import printable, refuse
 
 
 def console():
-    """`main` as a program of its own, with memory in large pages."""
+    """`main` as a program of its own: memory in large pages; a Ctrl-C that no run takes ends at once."""
     _restart_with_large_pages()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(main())
 
 
@@ -36,21 +42,53 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except UserError as error:
-        print(f'jaxcls: {error}', file=sys.stderr)
+        refuse(error)
         return 2
     except KeyboardInterrupt:
-        print('jaxcls: stopped.', file=sys.stderr)
+        refuse('stopped.')
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        refuse(f'{error.filename}: {error.strerror}. Check the path, its permissions and the disk.')
+        return 2
+    except Exception as error:
+        from jaxcls import sharding
+
+        message = sharding.lost(error)
+        if not message:
+            raise
+        refuse(message)
+        os._exit(75)  # a plain exit waits for the others; 75 is EX_TEMPFAIL: try again
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, but for words that it does not know: those it repeats as they are, without a hint."""
+
+    def error(self, message: str):
+        _, found, words = message.partition('unrecognized arguments: ')
+        super().error(printable(message + (f'. {_hint(words)}' if found else '')))
+
+
+def _hint(words: str) -> str:
+    """What was meant by words that the command line does not have."""
+    word = re.split(r'[\s=]', words.lstrip('-'))[0]
+    if words.startswith('-') or '=' in words:
+        return (
+            f'A field of the config is set by --config.{word.removeprefix("config.")}=VALUE; '
+            '`jaxcls COMMAND --help` lists the other options.'
+        )
+    return f'{did_you_mean(word, COMMANDS)} `jaxcls COMMAND --help` lists what each takes.'
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     argv, overrides = _split_overrides(argv)
     if not argv or (argv[0] not in COMMANDS and argv[0] not in ('-h', '--help')):
         argv = ['train', *argv]
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog='jaxcls',
         description='Image classification in JAX.',
         epilog='Without a command: train. `jaxcls train --help` shows how to set a config.',

@@ -1,12 +1,27 @@
 """Pictures of a run: curves, confusion matrix, a sheet of samples."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from jaxcls.errors import UserError
+
 _TRAIN, _VALIDATION = '#888888', '#0b62a4'
+
+
+def check_place(path: Path, option: str):
+    """Raises UserError where no picture can be written: before the work that it is to show."""
+    kinds = Figure().canvas.get_supported_filetypes()
+    problem = ''
+    if not path.parent.is_dir():
+        problem = f'there is no directory {path.parent}'
+    elif path.suffix[1:].lower() not in kinds:
+        problem = f'a picture ends in {", ".join(f".{kind}" for kind in sorted(kinds))}'
+    if problem:
+        raise UserError(f'{path} cannot be written: {problem}. Choose another {option}.')
 
 
 def curves(records: list[dict[str, Any]]) -> Figure:

@@ -4,17 +4,22 @@ Batch *i* is a pure function of (seed, step, process), whatever the pipeline and
 workers, so there is no iterator state to save. Training draws from the concatenation of each epoch's
 permutation: every example once an epoch, every batch full; a batch that crosses the end of an epoch
 takes its last examples from the next one. Evaluation goes through a split in order, padded and masked.
+An image that cannot be decoded is masked in training, up to a share of the split, and an error in
+evaluation.
 """
 
 import contextlib
 import functools
 import hashlib
+import itertools
+import json
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +35,7 @@ from rich.progress import track
 
 from jaxcls import datasets, sharding
 from jaxcls.errors import UserError
-from jaxcls.sources import ArraySource
+from jaxcls.sources import ArraySource, name_of
 
 # A split above this size, decoded, is streamed under `pipeline='auto'`.
 RESIDENT_LIMIT = 4 * 2**30  # bytes
@@ -38,6 +43,8 @@ RESIDENT_LIMIT = 4 * 2**30  # bytes
 _CACHE_VERSION = 1
 # Below this many images, starting worker processes costs more than it saves.
 _MIN_PARALLEL = 10_000
+# So many bad images are named in an error, and in warnings; the others are counted.
+_LISTED, _NAMED = 10, 100
 
 VARYING_SIZES = (
     'The images of this data set differ in size: set config.data.image_size, the pixels of the '
@@ -103,6 +110,8 @@ class Reader(NamedTuple):
       crop: 'center' or 'random_resized'.
       crop_fraction: of the short side, that a centre crop keeps.
       seed: of the random crops.
+      max_bad: the share of the examples that may be undecodable, which training leaves out; None:
+        none may, since an evaluation is of all.
     """
 
     split: datasets.Split
@@ -110,15 +119,19 @@ class Reader(NamedTuple):
     crop: str = 'center'
     crop_fraction: float = 1.0
     seed: int = 0
+    max_bad: float | None = None
 
     def __call__(self, index: int, position: int = 0) -> tuple[np.ndarray, int]:
-        """Returns the image, uint8 [H, W, C], and its label; `position` keys the random crop."""
+        """Returns the image, uint8 [H, W, C], and its label; `position` keys the random crop.
+
+        Raises:
+          UserError: it cannot be read or decoded; names the file.
+        """
         try:
             encoded, label = self.split.source[index]
             image = datasets.decode(encoded, self.split.shape[2])
         except (UserError, OSError) as error:
-            where = getattr(self.split.source, 'paths', {index: f'example {index}'})[index]
-            raise UserError(f'{where}: {error}') from None
+            raise UserError(f'{name_of(self.split.source, index)}: {_why(error)}') from error
         if self.size and self.crop == 'random_resized':
             rng = np.random.Generator(np.random.Philox(key=[self.seed, position]))
             image = resize(image, self.shape[:2], random_box(rng, *image.shape[:2]))
@@ -132,6 +145,59 @@ class Reader(NamedTuple):
         """(H, W, C) of every image it returns."""
         height, width, channels = self.split.shape
         return (self.size or height, self.size or width, channels)
+
+
+def _why(error: Exception) -> str:
+    return str(getattr(error, 'strerror', None) or error)  # all of an OSError has the path again
+
+
+def read(reader: Reader, index: int, position: int = 0) -> dict[str, Any]:
+    """An example, or a blank one in place of one that cannot be decoded.
+
+    Returns:
+      `image` uint8 [H, W, C], `label` int32, `bad`: why it cannot be decoded, or '', and `unread`:
+      whether its file could not even be read, which may pass.
+    """
+    try:
+        image, label = reader(index, position)
+    except UserError as error:
+        why, unread = _why(error.__cause__), isinstance(error.__cause__, OSError)
+        blank = np.zeros(reader.shape, np.uint8)
+        return {'image': blank, 'label': np.int32(0), 'bad': why, 'unread': unread}
+    return {'image': image, 'label': np.int32(label), 'bad': '', 'unread': False}
+
+
+def _check_bad(reader: Reader, bad: Mapping[int, str]):
+    """Warns of the bad examples of a split; raises UserError where they are more than it may have."""
+    source = reader.split.source
+    examples = len(source)
+    allowed = int((reader.max_bad or 0) * examples + 1e-9)  # 0.29 * 100 is a little below 29
+    named = [f'{name_of(source, i)}: {why}' for i, why in itertools.islice(bad.items(), _NAMED)]
+    if len(bad) <= allowed:
+        for line in named:
+            _warn(f'Left out of training: {line}')
+        return
+    known = f'{len(bad):,} of {examples:,} images cannot be decoded'
+    mend = 'Mend or remove them'
+    if reader.max_bad is None:
+        known += ', and an evaluation leaves none out'
+    else:
+        known += f', and config.data.max_bad_images={reader.max_bad:g} allows {allowed:,}'
+        mend += ', or raise config.data.max_bad_images'
+    lines = [f'  {line}' for line in named[:_LISTED]]
+    if len(bad) > _LISTED:
+        lines.append(f'  and {len(bad) - _LISTED:,} more')
+    raise UserError(f'{known}:\n' + '\n'.join(lines) + f'\n{mend}.')
+
+
+def _count_unnamed(bad: Mapping[int, str]):
+    if len(bad) > _NAMED:
+        _warn(f'Left out of training: {len(bad) - _NAMED:,} more images that cannot be decoded.')
+
+
+@functools.cache  # once a process
+def _warn(message: str):
+    warnings.warn(message, stacklevel=3)
 
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
@@ -181,18 +247,56 @@ def choose(pipeline: str, reader: Reader, train: bool) -> str:
 
 
 def load_arrays(reader: Reader) -> tuple[np.ndarray, np.ndarray]:
-    """A whole split as images uint8 [N, H, W, C] and labels int32 [N].
+    """The good examples of a split as images uint8 [N, H, W, C] and labels int32 [N]: see `load_all`."""
+    images, labels, good = load_all(reader)
+    return (images, labels) if good.all() else (images[good], labels[good])
+
+
+def load_all(reader: Reader) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A whole split as images uint8 [N, H, W, C], labels int32 [N], and which of them are good, bool [N].
 
     It is decoded once, on all cores, and kept as a file under `$JAXCLS_CACHE` (else ~/.cache/jaxcls),
-    named after the fingerprint of the data; later calls map that file.
+    named after the fingerprint of the data; later calls map that file. What could not be decoded is
+    zero, and named in a warning.
+
+    Raises:
+      UserError: more than `reader.max_bad` allows could not be decoded.
     """
     source = reader.split.source
+    good = np.ones(len(source), bool)
     if isinstance(source, ArraySource) and not reader.size:
-        return np.asarray(source.images), np.asarray(source.labels, np.int32)
+        return np.asarray(source.images), np.asarray(source.labels, np.int32), good
     cached = _cache_root() / _cache_key(reader)
+    if any(bad.unread and _can_be_read(source, bad.index) for bad in _cached_bad(cached)):
+        shutil.rmtree(cached, ignore_errors=True)
     if not cached.exists():
         _decode_to(cached, reader)
-    return np.load(cached / 'images.npy', mmap_mode='r'), np.load(cached / 'labels.npy')
+    bad = {index: why for index, why, _ in _cached_bad(cached)}
+    _check_bad(reader, bad)
+    _count_unnamed(bad)
+    good[list(bad)] = False
+    return np.load(cached / 'images.npy', mmap_mode='r'), np.load(cached / 'labels.npy'), good
+
+
+class _Bad(NamedTuple):
+    """An example that could not be decoded, as `read` has it."""
+
+    index: int
+    why: str
+    unread: bool
+
+
+def _cached_bad(directory: Path) -> list[_Bad]:
+    path = directory / 'bad.json'
+    return [_Bad(*bad) for bad in json.loads(path.read_text())] if path.exists() else []
+
+
+def _can_be_read(source, index: int) -> bool:
+    try:
+        source[index]
+    except (UserError, OSError):
+        return False
+    return True
 
 
 def _cache_root() -> Path:
@@ -232,7 +336,8 @@ def _decode_into(directory: Path, reader: Reader):
     examples = len(reader.split.source)
     shape = (examples, *reader.shape)
     images = np.lib.format.open_memmap(directory / 'images.npy', 'w+', np.uint8, shape)
-    labels = np.empty(examples, np.int32)
+    _reserve(directory / 'images.npy')
+    labels, bad = np.empty(examples, np.int32), []
     workers = (os.cpu_count() or 1) if examples >= _MIN_PARALLEL else 0
     dataset = grain.MapDataset.range(examples).map(_Numbered(reader)).batch(256)
     console = Console(stderr=True)
@@ -246,8 +351,18 @@ def _decode_into(directory: Path, reader: Reader):
             disable=not console.is_terminal,
         ):
             images[batch['index']], labels[batch['index']] = batch['image'], batch['label']
+            columns = (batch[key].tolist() for key in ('index', 'bad', 'unread'))
+            bad += [row for row in map(_Bad, *columns) if row.why]
     images.flush()
     np.save(directory / 'labels.npy', labels)
+    (directory / 'bad.json').write_text(json.dumps(bad))
+
+
+def _reserve(path: Path):
+    """Raises OSError where a file has no room: writing to a map of it would end the process."""
+    if hasattr(os, 'posix_fallocate'):
+        with path.open('r+b') as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 class _Numbered(NamedTuple):
@@ -256,8 +371,7 @@ class _Numbered(NamedTuple):
     reader: Reader
 
     def __call__(self, index: int) -> dict[str, Any]:
-        image, label = self.reader(index)
-        return {'image': image, 'label': np.int32(label), 'index': index}
+        return {**read(self.reader, index), 'index': index}
 
 
 class _Ordered(NamedTuple):
@@ -272,8 +386,9 @@ class _Ordered(NamedTuple):
         row += self.rows.start
         batch = self.order(step)
         place = step * len(batch['index']) + row
-        image, label = self.reader(batch['index'][row], place)
-        return {'image': image, 'label': np.int32(label), **{k: v[row] for k, v in batch.items()}}
+        batch = {key: values[row] for key, values in batch.items()}
+        example = read(self.reader, int(batch['index']), place)
+        return {**batch, **example, 'mask': batch['mask'] & (not example['bad'])}
 
 
 def _iterate(dataset: grain.MapDataset, workers: int):
@@ -298,11 +413,28 @@ def _end_with_parent():
     os._exit(1)
 
 
+def _pop_bad(batch: dict[str, np.ndarray]) -> list[tuple[int, str]]:
+    """The indices of a batch's bad examples and why they are, which is taken out of the batch."""
+    del batch['unread']
+    pairs = zip(batch['index'].tolist(), batch.pop('bad').tolist(), strict=True)
+    return [pair for pair in pairs if pair[1]]
+
+
 def resident(reader: Reader, order: Order, mesh: Mesh) -> Feed:
     """A feed over a split in device memory: the host sends indices, the program gathers."""
-    images, labels = load_arrays(reader)
+    images, labels, good = load_all(reader)
     data = sharding.put_local((images, labels), sharding.replicated(mesh))
-    return Feed(data, functools.partial(_index_items, order, mesh), _gather)
+    return Feed(data, functools.partial(_index_items, _masked(order, good), mesh), _gather)
+
+
+def _masked(order: Order, good: np.ndarray) -> Order:
+    """The order with `mask` False where an example is not good."""
+
+    def masked(step):
+        batch = order(step)
+        return {**batch, 'mask': batch['mask'] & good[batch['index']]}
+
+    return order if good.all() else masked
 
 
 def _index_items(order: Order, mesh: Mesh, step: int, count: int):
@@ -319,15 +451,20 @@ def _gather(data, item):
 
 
 def stream(reader: Reader, order: Order, mesh: Mesh, steps: int, workers: int = 0) -> Feed:
-    """A feed that reads ahead in threads or worker processes, in constant host memory."""
+    """A feed that reads ahead in threads or worker processes, in constant host memory.
+
+    Its `items` raise UserError at the batch with which the bad examples that it has met, in this process
+    and since it began, are more than `reader.max_bad` allows.
+    """
     rows = sharding.local_rows(len(order(0)['index']))
     local = rows.stop - rows.start
     place = sharding.split_batch(mesh, axis=1)
-    state = {'next': -1, 'batches': None}
+    state, bad = {'next': -1, 'batches': None}, {}
 
     def close():
         if state['batches']:
             state['batches'].close()
+            _count_unnamed(bad)
         state.update(next=-1, batches=None)
 
     def items(step: int, count: int):
@@ -337,6 +474,10 @@ def stream(reader: Reader, order: Order, mesh: Mesh, steps: int, workers: int = 
             dataset = positions.map(_Ordered(reader, order, rows)).batch(local)
             state['batches'] = _iterate(dataset, workers)
         batches = [next(state['batches']) for _ in range(count)]
+        found = {index: why for batch in batches for index, why in _pop_bad(batch)}
+        if found.keys() - bad.keys():
+            _check_bad(reader, bad | found)
+            bad.update(found)
         state['next'] = step + count
         if state['next'] == steps:
             close()

@@ -5,7 +5,6 @@ temperatures, mistakes, ensembles.
 """
 
 import functools
-import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +17,6 @@ from jaxcls.errors import UserError
 
 TEMPERATURES = 0.05, 20.0  # the range that `temperature` looks in
 _ROWS = 4096  # examples at a time: 1,000 classes are 16 MB
-# What NumPy and zipfile raise on files that are cut or changed.
-_UNREADABLE = (
-    OSError, EOFError, ValueError, KeyError, TypeError, NotImplementedError, zipfile.BadZipFile,
-)  # fmt: skip
 
 
 class Predictions(NamedTuple):
@@ -55,7 +50,7 @@ def load(path: Path) -> Predictions:
         if not shapes or logits.dtype != np.float32 or label.dtype.kind not in 'iu':
             found = ', '.join(f'{x.dtype} {list(x.shape)}' for x in predictions)
             raise ValueError(f'it has {found} in place of float32 [N, K] and integers [N]')
-    except _UNREADABLE as error:
+    except Exception as error:  # NumPy and zipfile raise all kinds on files that are cut or changed
         raise UserError(f'{path} is damaged: {error}. Restore it from a copy.') from None
     return predictions
 

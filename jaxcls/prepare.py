@@ -11,8 +11,10 @@ import gzip
 import importlib.util
 import io
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -90,7 +92,7 @@ def _find(name: str, data_dir: Path):
     if ':' in name.split('/')[0] and not name.split(':')[1][:1].isdigit():
         raise UserError(f'tfds:{name} is a community data set of TFDS, which jaxcls does not read.')
     try:
-        with contextlib.suppress(registered.DatasetNotFoundError):
+        with contextlib.suppress(registered.DatasetNotFoundError), _own_features_only(data_dir):
             return read_only_builder.builder_from_files(name, data_dir=data_dir)
         return tfds.builder(name, data_dir=data_dir)
     except registered.DatasetNotFoundError as e:
@@ -105,6 +107,32 @@ def _find(name: str, data_dir: Path):
         raise _needs_tensorflow(name, data_dir) from e
     except (AssertionError, ValueError, OSError, json_format.ParseError) as e:
         raise UserError(f'TFDS cannot open {name!r}: {e}') from e
+
+
+@contextlib.contextmanager
+def _own_features_only(data_dir: Path) -> Iterator[None]:
+    """Has TFDS import none of the classes that a features.json names, but its own.
+
+    It would import a module of any name, which may be a file of the data set itself.
+    """
+    import tensorflow_datasets as tfds
+
+    connector = tfds.features.FeatureConnector
+    method, found = vars(connector)['cls_from_name'], connector.cls_from_name
+
+    def own(name: str):
+        if not str(name).startswith('tensorflow_datasets.'):
+            raise UserError(
+                f'A features.json in {data_dir} names the class {name!r}, expected one of '
+                'tensorflow_datasets. It would be run as code: get the data set from whom you trust.'
+            )
+        return found(name)
+
+    connector.cls_from_name = staticmethod(own)
+    try:
+        yield
+    finally:
+        connector.cls_from_name = method
 
 
 def _needs_tensorflow(name: str, data_dir: Path) -> UserError:
@@ -233,10 +261,64 @@ def _read_mnist(paths: Mapping[str, Path]) -> Original:
 
 def _idx(path: Path) -> np.ndarray:
     """IDX: two zeros, the type (8: uint8), the rank, the shape as big-endian int32, the data."""
-    data = gzip.decompress(path.read_bytes())
-    rank = data[3]
-    shape = np.frombuffer(data, '>i4', count=rank, offset=4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    with _readable(path), gzip.open(path) as file:
+        data = _limited(file, path).read()
+        rank = data[3]
+        shape = np.frombuffer(data, '>i4', count=rank, offset=4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
+
+
+_PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE)
+UNPACKED = 2**28  # bytes; of the archives here CIFAR's are the largest, with 186 million
+
+
+def unpack(path: Path) -> dict[str, bytes]:
+    """The files of a .tar.gz, by their names without directories. Nothing is written to disk.
+
+    Raises:
+      UserError: damaged, more than UNPACKED bytes, or a member that is neither a plain file nor a
+        directory below the archive's own, which is stricter than `tarfile`'s filter 'data'.
+    """
+    content = {}
+    with (
+        _readable(path),
+        gzip.open(path) as file,
+        tarfile.open(fileobj=_limited(file, path), mode='r|') as tar,
+    ):
+        for member in tar:
+            parts = PurePosixPath(member.name.replace('\\', '/')).parts
+            inside = not {'..', '/'} & set(parts) and member.name[1:2] != ':'
+            if not inside or member.type not in _PLAIN:
+                raise ValueError(f'{member.name!r} is no plain file inside of it')
+            if not member.isdir():
+                content[parts[-1]] = tar.extractfile(member).read()
+    return content
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, IndexError) as e:
+        raise UserError(f'{path} cannot be unpacked: {e}. Delete it and get it again.') from e
+
+
+def _limited(file, path: Path) -> SimpleNamespace:
+    """A file that no more than UNPACKED bytes can be read from."""
+    left = UNPACKED
+
+    def read(size: int = -1) -> bytes:
+        nonlocal left
+        data = file.read(left + 1 if size < 0 else min(size, left + 1))
+        left -= len(data)
+        if left < 0:
+            raise UserError(
+                f'{path} has more than {UNPACKED:,} bytes when unpacked: it is not what its name says. '
+                'Delete it and get it again.'
+            )
+        return data
+
+    return SimpleNamespace(read=read)
 
 
 def _read_cifar(
@@ -244,8 +326,7 @@ def _read_cifar(
 ) -> Original:
     """A row is one byte for each label feature, in the order of `name_files`, and a CHW image."""
     (path,) = paths.values()
-    with tarfile.open(path) as tar:
-        content = {Path(m.name).name: tar.extractfile(m).read() for m in tar if m.isfile()}
+    content = unpack(path)
     images, labels = {}, {}
     for split, files in split_files.items():
         rows = np.frombuffer(b''.join(content[file] for file in files), np.uint8)

@@ -29,7 +29,7 @@ def lookup(table: Mapping[str, T], name: str, kind: str) -> T:
     Raises:
       UserError: the name is not in the table; the message suggests the closest one.
     """
-    if name not in table:
+    if not isinstance(name, str) or name not in table:  # one out of a file may be a list
         raise UserError(f'Unknown {kind} {name!r}. {did_you_mean(str(name), table)}')
     return table[name]
 

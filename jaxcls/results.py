@@ -184,9 +184,10 @@ def write(
         'best_top1': max(record['top1'] for record in validations),
         **(cost or {}),
     }
-    predictions_lib.save(workdir / 'predictions.npz', predictions)
-    _draw(workdir, confusion, records)
-    workdir_lib.write_json(workdir / 'result.json', result)  # last: it says that all is there
+    with workdir_lib.writable(workdir):
+        predictions_lib.save(workdir / 'predictions.npz', predictions)
+        _draw(workdir, confusion, records)
+        workdir_lib.write_json(workdir / 'result.json', result)  # last: it says that all is there
     return result
 
 

@@ -3,6 +3,7 @@
 `open_run` is where every command after training begins.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -138,10 +139,13 @@ def _training_images(config: ConfigDict, reader: pipeline.Reader, count: int) ->
     """`count` images uint8 [N, H, W, C], at random, or (0) all of them."""
     examples = len(reader.split.source)
     # A data set's own order may have one class after the other.
-    order = pipeline.permutation(config.seed, 0, examples)[: count or examples]
+    order = pipeline.permutation(config.seed, 0, examples)
     if pipeline.choose(config.data.pipeline, reader, train=True) == 'resident':
-        return pipeline.load_arrays(reader)[0][np.sort(order)]
-    return np.stack([reader(int(i))[0] for i in order])
+        images, _, good = pipeline.load_all(reader)
+        return images[np.sort(order[good[order]][: count or examples])]
+    found = (pipeline.read(reader, int(i)) for i in order)
+    good = (example['image'] for example in found if not example['bad'])
+    return np.stack(list(itertools.islice(good, count or examples)))
 
 
 def _start_from_weights(experiment, abstract, class_names, report) -> Callable[[Any], Any]:

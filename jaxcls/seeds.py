@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
+from tensorboardX.record_writer import RecordWriter
 
 from jaxcls import evaluation, inspection, loop, metrics, pipeline, results, sharding, steps
 from jaxcls import experiment as experiment_lib
@@ -115,7 +115,7 @@ class _Many(NamedTuple):
     clock: loop.Clock
     on_event: loop.OnEvent
     histories: list[list[dict[str, Any]]]
-    writers: list[SummaryWriter | None]
+    writers: list[RecordWriter | None]
     diverged: set[int]  # places in `members`
 
 
@@ -151,14 +151,17 @@ def fit_together(
             stack.enter_context(workdir_lib.locked(directory))
             for member, place in members:
                 stack.enter_context(workdir_lib.locked(place))
-                workdir_lib.start(place, member, data)
+                workdir_lib.start(place, member, data, experiment_lib.TABLES)
 
         sharding.on_first_process(claim)
         checkpoints = workdir_lib.Checkpoints(directory, config.keep_checkpoints)
         stack.callback(checkpoints.close)
         restored = checkpoints.restore(like)
         step = restored.step if restored else 0
-        histories = [workdir_lib.rewind_metrics(place, step) for _, place in members]
+        rewound = [workdir_lib.rewind_metrics(place, step) for _, place in members]
+        histories, dropped = [records for records, _ in rewound], sum(n for _, n in rewound)
+        if dropped and not restored:
+            on_event({'kind': 'restart', 'workdir': directory, 'dropped': dropped})
         zeros = loop.make_zeros(like[1])
         tree = (
             restored.tree if restored else (_initial_state(experiment, configs, like[0]), zeros())
@@ -182,7 +185,8 @@ def fit_together(
             diverged={i for i, bad in enumerate(bad_steps) if bad >= config.max_bad_steps},
         )
         on_event({'kind': 'together', 'step': step, 'run': many})
-        stopped = _train(many, tree, step, feed, like, zeros, until_epoch)
+        begin_step = stack.enter_context(workdir_lib.attempt(directory, step))
+        stopped = _train(many, tree, step, feed, like, zeros, begin_step, until_epoch)
     if stopped == 'done' and jax.process_index() == 0:
         shutil.rmtree(directory, ignore_errors=True)
     return stopped
@@ -209,7 +213,9 @@ def _initial_state(experiment, configs: list[ConfigDict], like) -> steps.TrainSt
     return jax.jit(init, out_shardings=places)(seeds)
 
 
-def _train(many: _Many, tree, step: int, feed, like, zeros, until_epoch: float) -> str:
+def _train(
+    many: _Many, tree, step: int, feed, like, zeros, begin_step: Callable, until_epoch: float
+) -> str:
     evaluated = None
 
     def log(step, state, totals):
@@ -221,7 +227,9 @@ def _train(many: _Many, tree, step: int, feed, like, zeros, until_epoch: float) 
             )
             _write(many, i, record)
             # It stays where it was; the others go on until none is left.
-            message = loop.divergence(many.experiment, step, int(bad[i]), many.checkpoints)
+            message = loop.divergence(
+                many.experiment, step, int(bad[i]), many.histories[i], many.checkpoints
+            )
             if message:
                 many.diverged.add(i)
                 if jax.process_index() == 0:
@@ -246,16 +254,16 @@ def _train(many: _Many, tree, step: int, feed, like, zeros, until_epoch: float) 
             many.checkpoints.save(step, tree)
 
     def progress(step):
+        many.checkpoints.check()
         many.on_event({'kind': 'progress', 'step': step})
 
     advance = loop.make_advance(
-        jax.vmap(many.experiment.train_step), feed, like, many.clock, many.on_event
+        jax.vmap(many.experiment.train_step), feed, like, many.clock, many.on_event, begin_step
     )
     until = loop.last_step(many.experiment, until_epoch)
-    hooks = loop.Hooks(log, validate, save, progress)
+    hooks = loop.Hooks(log, validate, save, many.checkpoints.wait, progress)
     many.clock.start()
     state, stopped = loop.drive(tree, step, until, many.events, advance, zeros, hooks)
-    many.checkpoints.wait()
     if stopped == 'done':
         evaluated = evaluated or many.evaluator(steps.evaluation_variables(state))
         _finish(many, state, zeros(), evaluated)

@@ -10,6 +10,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxcls.errors import UserError
 
+# Seconds in which all processes of a run have to start, unless JAXCLS_START_TIMEOUT says otherwise.
+_START_TIMEOUT = '300'
+# Seconds without a sign of life after which a process is taken for lost, and JAX ends the others.
+_HEARTBEAT_TIMEOUT = 15
 # FSDP leaves arrays below this many elements whole: gathering them costs more than storing them.
 MIN_SHARDED_SIZE = 2**14
 
@@ -19,12 +23,15 @@ def start_processes():
 
     Read are JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, or what SLURM, Open MPI
     and TPU pods on GKE set, which `jax.distributed` understands by itself; elsewhere (TPU VMs)
-    JAXCLS_DISTRIBUTED=1 lets it look.
+    JAXCLS_DISTRIBUTED=1 lets it look. Where a process is lost, the others end: see `lost`.
+
+    Raises:
+      UserError: the variables are wrong, or a process does not come within JAXCLS_START_TIMEOUT seconds.
     """
     env = os.environ
     if 'JAX_COORDINATOR_ADDRESS' in env and 'JAX_NUM_PROCESSES' in env:
-        jax.distributed.initialize(
-            env['JAX_COORDINATOR_ADDRESS'],
+        _initialize(
+            coordinator_address=env['JAX_COORDINATOR_ADDRESS'],
             num_processes=_number(env, 'JAX_NUM_PROCESSES'),
             process_id=_number(env, 'JAX_PROCESS_ID'),
         )
@@ -33,7 +40,45 @@ def start_processes():
     tasks = max(_number(env, name) if name in env else 1 for name in several)
     pod = ',' in env.get('TPU_WORKER_HOSTNAMES', '') or env.get('JAXCLS_DISTRIBUTED') == '1'
     if tasks > 1 or pod:
-        jax.distributed.initialize()
+        _initialize()
+
+
+def _initialize(**processes):
+    timeout = _number(
+        {'JAXCLS_START_TIMEOUT': _START_TIMEOUT, **os.environ}, 'JAXCLS_START_TIMEOUT'
+    )
+    try:
+        jax.distributed.initialize(
+            **processes,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f'The processes of the run did not meet within {timeout} s: {_first_line(error)}. Start all of '
+            'them, with the same JAX_COORDINATOR_ADDRESS, which their hosts must reach, and each with its '
+            'own JAX_PROCESS_ID; to wait longer, set JAXCLS_START_TIMEOUT.'
+        ) from None
+
+
+def lost(error: Exception) -> str:
+    """The message where one of several processes cannot work with the others; '' for any other error.
+
+    When a process is lost, an operation that the others share with it fails, and they end by this
+    message; or JAX notices it first, and ends them by its own and SIGABRT. Either takes seconds.
+    """
+    shared = isinstance(error, jax.errors.JaxRuntimeError) or 'Gloo' in str(error)
+    if not shared or jax.process_count() == 1:
+        return ''
+    return (
+        f'This is one of {jax.process_count()} processes, and it cannot go on: {_first_line(error)}. If '
+        'another one has ended, its own message says why. To go on from the last checkpoint, repeat the '
+        'command in every process.'
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _number(env, name: str) -> int:

@@ -128,10 +128,15 @@ class SliceSource:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
+        source, place = self.locate(index)
+        return source[place]
+
+    def locate(self, index: int) -> tuple[Any, int]:
+        """The source that an example comes from, and its place in that one."""
         index = _in_range(index, len(self))
         part = bisect.bisect_right(self._ends, index)
         source, _, stop = self.parts[part]
-        return source[stop - self._ends[part] + index]
+        return source, stop - self._ends[part] + index
 
     @property
     def labels(self) -> np.ndarray:
@@ -188,6 +193,17 @@ def subset(source, indices: np.ndarray, labels: np.ndarray):
         paths = tuple(source.paths[i] for i in indices)
         return FileSource(source.root, paths, labels, source.content)
     return SubsetSource(source, indices, labels)
+
+
+def name_of(source, index: int) -> str:
+    """What a message calls an example: the path of its file, where it has its own, else its number."""
+    if isinstance(source, SliceSource):
+        return name_of(*source.locate(index))
+    if isinstance(source, SubsetSource):
+        return name_of(source.source, source.indices[index])
+    if isinstance(source, FileSource):
+        return str(Path(source.root, source.paths[index]))
+    return f'example {index}'
 
 
 def read_labels(source) -> np.ndarray:

@@ -194,7 +194,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """One pure step, `train_step(state, raw_batch) -> (state, sums)`.
 
-    A step whose loss, update or statistics are not finite changes nothing but the counters: its sums
+    A step whose loss, gradient or new state is not finite changes nothing but the counters: its sums
     are zero but for `bad_steps`.
     """
 
@@ -206,9 +206,9 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, _wide(state.params), value=loss)
         params = optax.apply_updates(state.params, updates)
         ema = optimizers.ema_update(state.ema, params, ema_decay, state.step) if ema_decay else {}
-        good = _all_finite((loss, grads, updates, opt_state, aux['batch_stats']))
         old = (state.params, state.batch_stats, state.opt_state, state.ema)
         new = (params, aux['batch_stats'], opt_state, ema)
+        good = _all_finite((loss, grads, new))
         params, batch_stats, opt_state, ema = jax.tree.map(
             lambda n, o: jnp.where(good, n, o), new, old
         )

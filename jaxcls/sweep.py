@@ -129,12 +129,16 @@ def members_of(config: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path
 def _claim(workdir: Path, config: ConfigDict):
     """Writes the config of a group, which may gain seeds and change in nothing else."""
     path, text = workdir / 'config.json', config_lib.to_json(config) + '\n'
-    if not (path.is_file() and _grows(workdir_lib.read_config(workdir), config)):
-        workdir_lib.check(workdir, config)
+    if not (path.is_file() and _grows(_read_config(workdir), config)):
+        workdir_lib.check(workdir, config, experiment_lib.TABLES)
     if not path.is_file() or path.read_text() != text:
         with workdir_lib.writable(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
             workdir_lib.write_text(path, text)
+
+
+def _read_config(workdir: Path) -> ConfigDict:
+    return workdir_lib.read_config(workdir, experiment_lib.TABLES)
 
 
 def _grows(old: ConfigDict, config: ConfigDict) -> bool:
@@ -148,7 +152,7 @@ def _grows(old: ConfigDict, config: ConfigDict) -> bool:
 def _is_over(config: ConfigDict, directory: Path) -> bool:
     """Whether a run of this config has ended there, well or badly."""
     ended = any((directory / name).is_file() for name in ('result.json', 'diverged.json'))
-    return ended and not config_lib.differences(workdir_lib.read_config(directory), config)
+    return ended and not config_lib.differences(_read_config(directory), config)
 
 
 def _fit(members, workdir: Path, on_event, until_epoch: float) -> str:

@@ -8,12 +8,13 @@ a run that is killed anywhere resumes to the same bits and the same log.
 import contextlib
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
+from tensorboardX.record_writer import RecordWriter
 
 from jaxcls import (
     baselines,
@@ -44,8 +45,9 @@ class _Run(NamedTuple):
     like: Any  # shapes and shardings of (state, totals)
     events: loop.Events
     clock: loop.Clock
-    writer: SummaryWriter | None  # of the first process
+    writer: RecordWriter | None  # of the first process
     on_event: loop.OnEvent
+    begin_step: Callable[[int], None]  # notes which step is under way
 
 
 def fit(
@@ -59,8 +61,9 @@ def fit(
     Args:
       config: as from `jaxcls.config.get_config()`.
       workdir: of this run alone; made where it is missing.
-      on_event: called with each event, a dict whose `kind` is 'begin' (from trained
-        weights or from data), 'start', 'compiled', 'progress', 'train', 'validation' or 'checkpoint'.
+      on_event: called with each event, a dict whose `kind` is 'begin' (from trained weights or from
+        data), 'restart' (a run that was stopped before it saved a step), 'start', 'compiled',
+        'progress', 'train', 'validation' or 'checkpoint'.
       until_epoch: where to save and pause, 'paused'; the schedule is that of the whole run.
 
     Raises:
@@ -75,7 +78,7 @@ def fit(
         )
     if experiment_lib.is_baseline(config):
         return baselines.fit(config, workdir, on_event)
-    workdir_lib.check(workdir, config)
+    workdir_lib.check(workdir, config, experiment_lib.TABLES)
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
     reader, validation, data = experiment_lib.open_data(config)
@@ -90,13 +93,21 @@ def fit(
 
         def claim():
             stack.enter_context(workdir_lib.locked(workdir))
-            workdir_lib.start(workdir, config, data)
+            workdir_lib.start(workdir, config, data, experiment_lib.TABLES)
 
         sharding.on_first_process(claim)
         checkpoints = workdir_lib.Checkpoints(workdir, config.keep_checkpoints)
         stack.callback(checkpoints.close)
         restored = checkpoints.restore(like)
-        history = workdir_lib.rewind_metrics(workdir, restored.step if restored else 0)
+        if not restored and (workdir / 'result.json').is_file():
+            raise UserError(
+                f'{workdir} has the result of a run whose checkpoints are gone. Restore them from a copy, '
+                'or choose another --workdir.'
+            )
+        step = restored.step if restored else 0
+        history, dropped = workdir_lib.rewind_metrics(workdir, step)
+        if dropped and not restored:
+            on_event({'kind': 'restart', 'workdir': workdir, 'dropped': dropped})
         feed = _training_feed(experiment, reader, mesh)
         stack.callback(feed.close)
         run = _Run(
@@ -111,6 +122,7 @@ def fit(
             clock=loop.Clock(history, int(restored.tree[1]['examples']) if restored else 0),
             writer=loop.tensorboard(workdir, restored, stack),
             on_event=on_event,
+            begin_step=stack.enter_context(workdir_lib.attempt(workdir, step)),
         )
         return _finish(run, *_train(run, restored, start, history, until_epoch))
 
@@ -147,7 +159,7 @@ def _train(run: _Run, restored, start, history, until_epoch):
         record = loop.train_record(experiment, step, run.clock, totals, history, speed)
         history.append(record)
         _write(run, record)
-        diverged = loop.divergence(experiment, step, int(bad_in_a_row), run.checkpoints)
+        diverged = loop.divergence(experiment, step, int(bad_in_a_row), history, run.checkpoints)
         if diverged:
             raise loop.Diverged(diverged)
 
@@ -161,9 +173,12 @@ def _train(run: _Run, restored, start, history, until_epoch):
         log=log,
         validate=validate,
         save=lambda step, tree: _save(run, step, tree, history),
-        progress=lambda step: run.on_event({'kind': 'progress', 'step': step}),
+        wait=run.checkpoints.wait,
+        progress=lambda step: _progress(run, step),
     )
-    advance = loop.make_advance(experiment.train_step, run.feed, run.like, run.clock, run.on_event)
+    advance = loop.make_advance(
+        experiment.train_step, run.feed, run.like, run.clock, run.on_event, run.begin_step
+    )
     run.clock.start()
     until = loop.last_step(experiment, until_epoch)
     state, stopped = loop.drive(tree, step, until, run.events, advance, zeros, hooks)
@@ -203,19 +218,24 @@ def _write(run: _Run, record: dict[str, Any]):
     loop.write(run.workdir, run.writer, record)
 
 
+def _progress(run: _Run, step: int):
+    run.checkpoints.check()
+    run.on_event({'kind': 'progress', 'step': step})
+
+
 def _save(run: _Run, step: int, tree, history: list[dict[str, Any]]):
     with run.clock.pause():
         latest = history[-1] if history else {}
         scored = latest.get('kind') == 'validation' and latest['step'] == step
         run.checkpoints.save(step, tree, {'top1': latest['top1']} if scored else None)
         if run.writer:
-            run.writer.flush()
+            with workdir_lib.writable(run.workdir):
+                run.writer.flush()
     run.on_event({'kind': 'checkpoint', 'step': step})
 
 
 def _finish(run: _Run, state, history, stopped: str, evaluated) -> results.Result:
-    """Waits for the last checkpoint and, at the end of training, writes the result and the pictures."""
-    run.checkpoints.wait()
+    """At the end of training, writes the result and the pictures."""
     validations = results.of_kind(history, 'validation')
     result = results.Result(
         validations[-1] if validations else {}, history, state, stopped, run.workdir
@@ -224,10 +244,6 @@ def _finish(run: _Run, state, history, stopped: str, evaluated) -> results.Resul
     if stopped in ('done', 'early') and not complete:
         evaluated = evaluated or run.evaluator(steps.evaluation_variables(state))
         if jax.process_index() == 0:
-            results.write(
-                run.workdir,
-                evaluated.predictions(),
-                history,
-                inspection.cost(run.experiment, state),
-            )
+            cost = inspection.cost(run.experiment, state)
+            results.write(run.workdir, evaluated.predictions(), history, cost)
     return result

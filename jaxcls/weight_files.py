@@ -68,7 +68,7 @@ def read(source: str | Path) -> Weights:
         weights = _safetensors(_download(repository, revision))
         return weights._replace(normalization=_published_normalization(repository, revision))
     path = Path(source)
-    if not path.is_file():
+    if not _is_file(path):
         raise UserError(
             f'No weights at {source!r}: expected a jaxcls workdir, a .safetensors file, a PyTorch '
             "state dict (.pth, .pt, .bin) or a hub's repository such as hf:timm/resnet50.a1_in1k."
@@ -78,6 +78,13 @@ def read(source: str | Path) -> Weights:
     if path.suffix in ('.pth', '.pt', '.th', '.bin', '.tar'):
         return Weights(_torch(path))
     raise UserError(f'{path} is {path.suffix or "without suffix"}; expected .safetensors or .pth.')
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, a directory that may not be read
+        return False
 
 
 _SAFETENSORS_DTYPES = {
@@ -98,7 +105,9 @@ def _safetensors(path: Path) -> Weights:
         part = file.get_slice(name)
         kind = part.get_dtype()
         if kind not in _SAFETENSORS_DTYPES:
-            raise UserError(f'{name} in {path} is of type {kind}; expected floats or integers.')
+            raise UserError(
+                f'{name} in {path} is of type {kind}; expected floats or integers. Convert it.'
+            )
         dtype = np.dtype(_SAFETENSORS_DTYPES[kind])
         return Tensor(tuple(part.get_shape()), dtype, lambda: read_(name, dtype))
 
@@ -118,7 +127,7 @@ def _normalization(known: Mapping[str, Any]):
     try:
         pair = [json.loads(v) if isinstance(v, str) else v for v in (known['mean'], known['std'])]
         mean, std = (tuple(map(float, values)) for values in pair)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
         return None
     return mean, std
 
@@ -127,7 +136,7 @@ def _class_names(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
     """Those that `write` was given; None of a file whose field of this name is something else."""
     try:
         return tuple(map(str, json.loads(metadata['class_names'])))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
 
 
@@ -234,7 +243,7 @@ def _published_normalization(repository: str, revision: str):
     """What the repository's description (timm's config.json) says of the images; None if nothing."""
     try:
         known = json.loads(_download(repository, revision, 'config.json').read_text())
-    except (UserError, OSError, ValueError):
+    except (UserError, OSError, ValueError, RecursionError):
         return None
     return _normalization(known.get('pretrained_cfg', known)) if isinstance(known, dict) else None
 

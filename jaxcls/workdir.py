@@ -14,11 +14,14 @@ import importlib.metadata
 import itertools
 import json
 import os
+import re
 import secrets
+import shutil
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,9 +68,14 @@ def writable(workdir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f'{workdir} cannot be written: {error.strerror}. Choose another --workdir.'
-        ) from None
+        raise UserError(_not_written(workdir, error.strerror or str(error))) from None
+
+
+def _not_written(workdir: Path, reason: str) -> str:
+    return (
+        f'{workdir} cannot be written: {reason}. Make room there, or mend its permissions, and repeat the '
+        'command; or choose another --workdir.'
+    )
 
 
 def write_json(path: Path, value: Any):
@@ -89,15 +97,18 @@ def write_text(path: Path, text: str):
         part.unlink(missing_ok=True)
 
 
-def check(workdir: Path, config: ConfigDict):
-    """Raises UserError unless a run of the config may start, or go on, in the directory."""
+def check(workdir: Path, config: ConfigDict, tables: config_lib.Tables | None = None):
+    """Raises UserError unless a run of the config may start, or go on, in the directory.
+
+    `tables` complete the config of a run of an earlier version, as in `read_config`.
+    """
     if set('[]*?') & set(str(workdir.absolute())):
         raise UserError(
             f'{workdir} has one of the characters []*? in its path, which Orbax takes for a '
             'pattern. Choose another --workdir.'
         )
     if (workdir / 'config.json').exists():
-        changes = config_lib.differences(read_config(workdir), config)
+        changes = config_lib.differences(read_config(workdir, tables), config)
         if changes and _has_begun(workdir):
             raise UserError(another_config(workdir, changes))
     elif workdir.is_dir() and any(map(_is_foreign, workdir.iterdir())):
@@ -135,16 +146,22 @@ def _is_foreign(path: Path) -> bool:
     return not (path.name.startswith('.') or path.name == 'environment.json')
 
 
-def start(workdir: Path, config: ConfigDict, data: dict[str, Any]):
+def start(
+    workdir: Path,
+    config: ConfigDict,
+    data: dict[str, Any],
+    tables: config_lib.Tables | None = None,
+):
     """Claims a directory for a config and its data, or checks that the run in it has the same.
 
     Args:
       data: class names, image shape and sizes of the splits.
+      tables: as of `check`.
 
     Raises:
       UserError: a run of another config or other data is there, or files that are no run.
     """
-    check(workdir, config)
+    check(workdir, config, tables)
     if _has_begun(workdir):
         _check_data(workdir, data)
         return
@@ -180,8 +197,11 @@ def read_data(workdir: Path) -> dict[str, Any]:
     return data
 
 
-def read_config(workdir: Path) -> ConfigDict:
+def read_config(workdir: Path, tables: config_lib.Tables | None = None) -> ConfigDict:
     """The resolved config of a run.
+
+    Args:
+      tables: the factories of its sections, whose defaults it has where an earlier version wrote it.
 
     Raises:
       UserError: there is none, or it is damaged.
@@ -192,7 +212,7 @@ def read_config(workdir: Path) -> ConfigDict:
             f'{workdir} is not a run: it has no config.json. '
             'Give the --workdir of an earlier `jaxcls train`.'
         )
-    return _read(path, config_lib.from_json)
+    return _read(path, lambda text: config_lib.from_json(text, tables))
 
 
 def read_json(path: Path) -> Any:
@@ -254,19 +274,87 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 
 def append_metrics(workdir: Path, record: dict[str, Any]):
-    """Adds one record, on disk before this returns."""
-    with (workdir / 'metrics.jsonl').open('a') as file:
-        file.write(json.dumps(record) + '\n')
-        file.flush()
-        os.fsync(file.fileno())
+    """Adds one record, on disk before this returns.
+
+    Raises:
+      UserError: it cannot be written; nothing of it is left.
+    """
+    path = workdir / 'metrics.jsonl'
+    size = path.stat().st_size if path.exists() else 0
+    with writable(workdir):
+        try:
+            with path.open('a') as file:
+                file.write(json.dumps(record) + '\n')
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            os.truncate(path, size)
+            raise
 
 
-def rewind_metrics(workdir: Path, step: int) -> list[dict[str, Any]]:
-    """The records up to a step; the others are dropped, so that a run that resumes there writes each once."""
-    records = [record for record in read_metrics(workdir) if record['step'] <= step]
+def rewind_metrics(workdir: Path, step: int) -> tuple[list[dict[str, Any]], int]:
+    """Drops the records after a step, so that a run that resumes there writes each once.
+
+    Returns:
+      The records up to the step, and how many were dropped.
+
+    Raises:
+      UserError: metrics.jsonl is damaged or cannot be written.
+    """
+    records = read_metrics(workdir)
+    kept = [record for record in records if record['step'] <= step]
     if jax.process_index() == 0:
-        write_text(workdir / 'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in records))
-    return records
+        with writable(workdir):
+            write_text(workdir / 'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in kept))
+    return kept, len(records) - len(kept)
+
+
+_DEATHS = 3  # at one step, after which a run is not started again
+
+
+@contextlib.contextmanager
+def attempt(workdir: Path, step: int) -> Iterator[Callable[[int], None]]:
+    """Finds a run that dies at the same step each time it is started.
+
+    `.attempts` has a line for each start that ended in no way known here (killed, a crash), `STEP UNDER_WAY`:
+    the step that it went on from, and the last that it began. Yields `begin_step(step)`, which writes
+    the second of this start: it costs microseconds, and a kill leaves it there. A start that ends well,
+    by a signal or with a message removes the file.
+
+    Raises:
+      UserError: the last three starts from this step all died in the same one.
+    """
+    if jax.process_index():
+        yield lambda step: None
+        return
+    path = workdir / '.attempts'
+    lines = path.read_text().splitlines() if path.is_file() else []
+    last = [line for line in lines if re.fullmatch(rf'{step} \d+', line)][-_DEATHS:]
+    if len(last) == _DEATHS and len(set(last)) == 1:
+        raise UserError(
+            f'The last {_DEATHS} starts of {workdir} went on from step {step} and died in step '
+            f'{last[0].split()[1]}, each without a message of ours: what they printed last may say why. '
+            'Out of memory is the most frequent reason: start anew in another --workdir with a smaller '
+            f'config.batch_size. To try this run once more, delete {path}.'
+        )
+    before = ''.join(f'{line}\n' for line in last)
+    with writable(workdir):
+        write_text(path, before)
+        file = path.open('r+b', buffering=0)
+
+    def begin_step(under_way: int):
+        os.pwrite(file.fileno(), f'{step} {under_way}\n'.encode(), len(before))
+
+    with file:
+        try:
+            yield begin_step
+        except (UserError, KeyboardInterrupt):
+            path.unlink(missing_ok=True)
+            raise
+    path.unlink(missing_ok=True)
+
+
+_PART = '*.orbax-checkpoint-tmp*'  # what Orbax calls a step that it has not finished
 
 
 class Restored(NamedTuple):
@@ -302,11 +390,29 @@ class Checkpoints:
         )
 
     def save(self, step: int, tree: Any, metrics: dict[str, float] | None = None):
-        """Starts saving in the background; the arrays may be donated once this returns."""
+        """Starts saving in the background; the arrays may be donated once this returns.
+
+        Raises:
+          UserError: this step, or the one before, cannot be saved.
+        """
         args = ocp.args.Composite(
             tree=ocp.args.PyTreeSave(_plain(tree)), manifest=ocp.args.JsonSave(manifest(tree))
         )
-        self.manager.save(step, args=args, metrics=metrics, force=True)
+        _silence_closed_loops()
+        with self._saving():
+            self.manager.save(step, args=args, metrics=metrics, force=True)
+
+    @contextlib.contextmanager
+    def _saving(self):
+        """Makes what keeps a step from being saved a UserError."""
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds when a disk is full
+            saved = self.manager.latest_step()
+            kept = 'No step is saved yet.' if saved is None else f'Step {saved} is saved.'
+            system = re.search(r"os_error_code='(\d+)'", str(error))  # as TensorStore has it
+            reason = os.strerror(int(system[1])) if system else _first_line(error)
+            raise UserError(f'{_not_written(self.directory.parent, reason)} {kept}') from None
 
     def restore(self, like: Any, step: int | None = None) -> Restored | None:
         """The newest checkpoint whose arrays match their fingerprint, or exactly `step`.
@@ -323,13 +429,8 @@ class Checkpoints:
         """
         steps = sorted(self.manager.all_steps(), reverse=True) if step is None else [step]
         bad = []
-        _silence_closed_loops()
         for candidate in steps:
-            tree, reason = None, ''
-            try:
-                tree = self._restore_verified(candidate, like)
-            except Exception as error:  # Orbax and TensorStore raise many kinds on damage
-                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            tree, reason = self.read(candidate, like)
             if _everywhere(tree is not None):
                 for damaged in bad:
                     self._set_aside(*damaged)
@@ -343,13 +444,23 @@ class Checkpoints:
             + '\nRestore the directory from a copy, or start anew in another --workdir.'
         )
 
+    def read(self, step: int, like: Any) -> tuple[Any, str]:
+        """The tree of a step and '', or None and why it is not what was saved; `like` as for `restore`."""
+        _silence_closed_loops()
+        try:
+            return self._restore_verified(step, like), ''
+        except Exception as error:  # Orbax and TensorStore raise many kinds on damage
+            return None, _first_line(error)
+
+    def manifest(self, step: int) -> dict[str, list]:
+        """The `manifest` that was saved with a step."""
+        args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
+        return self.manager.restore(step, args=args).manifest
+
     def _restore_verified(self, step: int, like: Any) -> Any:
         plain = _plain(like)
-        saved = self.manager.restore(
-            step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore())
-        ).manifest
-        expected = {key: [list(leaf.shape), str(leaf.dtype)] for key, leaf in plain.items()}
-        _compare(expected, {key: value[:2] for key, value in saved.items()})
+        saved = self.manifest(step)
+        _compare(shapes(like), {key: value[:2] for key, value in saved.items()})
         tree_args = ocp.args.PyTreeRestore(
             plain, restore_args=ocp.checkpoint_utils.construct_restore_args(plain)
         )
@@ -392,12 +503,36 @@ class Checkpoints:
         )
 
     def wait(self):
-        """Returns when all that was saved is on disk."""
-        self.manager.wait_until_finished()
+        """Returns when all that was saved is on disk; UserError where it cannot be."""
+        with self._saving():
+            self.manager.wait_until_finished()
+
+    def check(self):
+        """UserError where a step that is being saved in the background cannot be."""
+        with self._saving():
+            self.manager.check_for_errors()
 
     def close(self):
-        """Waits, then lets go of Orbax's threads."""
-        self.manager.close()
+        """Waits, then lets go of Orbax's threads; UserError where what it waits for cannot be saved."""
+        try:
+            with self._saving():
+                self.manager.close()
+        finally:
+            if not self.read_only and not jax.process_index():
+                self._remove_parts()
+
+    def _remove_parts(self):
+        """Removes what there is of a step that could not be saved; TensorStore may still write to it."""
+        limit = time.monotonic() + 5
+        while (parts := [*self.directory.glob(_PART)]) and time.monotonic() < limit:
+            for part in parts:
+                shutil.rmtree(part, ignore_errors=True)
+            time.sleep(0.1)
+
+
+def _first_line(error: Exception) -> str:
+    text = getattr(error, 'strerror', None) or str(error)
+    return (text.splitlines() or [type(error).__name__])[0][:200]
 
 
 def _everywhere(ok: bool) -> bool:
@@ -414,10 +549,10 @@ def _compare(found: dict[str, list], saved: dict[str, list]):
 
 
 def _silence_closed_loops():
-    """After a failed read, TensorStore reports its other reads to an event loop that Orbax has closed.
+    """After a failure, TensorStore reports its other reads or writes to a loop that Orbax has closed.
 
-    Python prints a traceback for each, and a warning for each read that had not begun; they say
-    nothing that the failure did not.
+    Python prints a traceback for each, and a warning for each that had not begun; they say nothing
+    that the failure did not.
     """
     warnings.filterwarnings(
         'ignore', r"coroutine '.*_get_array_metadatas' was never awaited", RuntimeWarning
@@ -458,13 +593,15 @@ def _raw(leaf: Any) -> Any:
     return jax.random.key_data(leaf)
 
 
+def shapes(like: Any) -> dict[str, list]:
+    """`{path: [shape, dtype]}` of every array."""
+    return {key: [list(leaf.shape), str(leaf.dtype)] for key, leaf in _plain(like).items()}
+
+
 def manifest(tree: Any) -> dict[str, list]:
     """`{path: [shape, dtype, fingerprint]}` of every array; the same on any number of devices."""
-    plain = _plain(tree)
-    prints = jax.device_get(_fingerprints(plain))
-    return {
-        path: [list(leaf.shape), str(leaf.dtype), int(prints[path])] for path, leaf in plain.items()
-    }
+    prints = jax.device_get(_fingerprints(_plain(tree)))
+    return {path: [*shape, int(prints[path])] for path, shape in shapes(tree).items()}
 
 
 @jax.jit

@@ -6,7 +6,7 @@ from pathlib import Path
 import jaxcls
 
 FLOORS = [
-    {'errors', 'registry', 'config'},
+    {'errors', 'registry', 'config', 'terminal'},
     {
         'losses',
         'metrics',
@@ -21,7 +21,7 @@ FLOORS = [
     | {'models', 'weight_files', 'estimators', 'pictures'},
     {'steps', 'weights', 'results'},
     {'experiment'},
-    {'runs', 'tta', 'propagation'},
+    {'runs', 'tta', 'propagation', 'verify'},
     {'evaluation', 'inspection', 'serve', 'transfer', 'lr_find', 'loop', 'report'},
     {'baselines'},
     {'train', 'seeds'},

@@ -762,6 +762,20 @@ def test_npz_files_that_differ_are_errors(tmp_path, changes, problem):
         datasets.load(f'npz:{tmp_path}/a.npz', 'train')
 
 
+@pytest.mark.parametrize('kind', ['folder', 'npz'])
+def test_paths_that_the_system_does_not_take_are_errors(kind):
+    with pytest.raises(UserError, match='Write the path in full'):
+        datasets.load(f'{kind}:~nobody_of_that_name/a', 'train')
+    with pytest.raises(UserError, match='File name too long'):
+        datasets.load(f'{kind}:{"a" * 300}', 'train')
+
+
+def test_a_label_that_is_no_class_is_an_error(tmp_path):
+    write_npz(tmp_path / 'a.npz', y_train=np.arange(20) * 10**14)
+    with pytest.raises(UserError, match='expected 0 to K - 1, K at most 1,000,000'):
+        datasets.load(f'npz:{tmp_path}/a.npz', 'train')
+
+
 def test_damaged_npz_files_are_errors(tmp_path):
     path = tmp_path / 'a.npz'
     with pytest.raises(UserError, match='there is no such file'):

@@ -16,3 +16,17 @@ def test_a_sheet_takes_grey_and_colour_images():
     for channels in (1, 3):
         figure = pictures.sheet(np.zeros((3, 4, 4, channels)), ['a', 'b\n', 'c'], columns=2)
         assert [axes.get_title() for axes in figure.axes[:3]] == ['a', 'b?', 'c']
+
+
+@pytest.mark.parametrize(
+    ('name', 'problem'),
+    [
+        ('none/a.png', 'there is no directory'),
+        ('a.txt', 'ends in .*[.]png'),
+        ('a', 'ends in .*[.]svg'),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_refused_before_it_is_made(tmp_path, name, problem):
+    with pytest.raises(UserError, match=f'{problem}.* Choose another --sheet'):
+        pictures.check_place(tmp_path / name, '--sheet')
+    pictures.check_place(tmp_path / 'a.PNG', '--sheet')

@@ -7,10 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from jaxcls import datasets, pipeline, sharding
+from jaxcls import config as config_lib
+from jaxcls import datasets, experiment, pipeline, sharding
 from jaxcls.errors import UserError
-from jaxcls.sources import ArraySource
+from jaxcls.sources import ArraySource, FileSource, select
 
 EXAMPLES, BATCH = 23, 8
 
@@ -128,11 +130,122 @@ def test_decoded_splits_are_cached_and_mapped(split, monkeypatch, tmp_path):
 
 def test_a_broken_off_decoding_leaves_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv('JAXCLS_CACHE', str(tmp_path))
-    broken = datasets.Split([(b'no image', 0)] * 3, ('a',), (0, 0, 3), 'broken')
-    with pytest.raises(UserError):
+    broken = datasets.Split([(b'no image', 0), ()], ('a',), (0, 0, 3), 'broken')
+    with pytest.raises(ValueError, match='not enough values to unpack'):
         pipeline.load_arrays(pipeline.Reader(broken, 4))
     left = [path for path in tmp_path.rglob('*') if path.is_file() and path.suffix != '.lock']
     assert left == []
+
+
+BAD = (3, 7, 9)
+
+
+@pytest.fixture
+def damaged(split, monkeypatch, tmp_path):
+    """The split as files, of which two are no whole images and one is gone; nothing is cached."""
+    monkeypatch.setenv('JAXCLS_CACHE', str(tmp_path / 'cache'))
+    pipeline._warn.cache_clear()
+    paths = tuple(f'{i}.png' for i in range(EXAMPLES))
+    for path, image in zip(paths, split.source.images, strict=True):
+        Image.fromarray(image).save(tmp_path / path)
+    (tmp_path / '3.png').write_bytes(b'')
+    (tmp_path / '7.png').write_bytes((tmp_path / '7.png').read_bytes()[:80])
+    (tmp_path / '9.png').unlink()
+    source = FileSource(str(tmp_path), paths, split.source.labels, 'content')
+    return datasets.Split(source, split.class_names, split.shape, 'damaged')
+
+
+def warnings_of(reader):
+    pipeline._warn.cache_clear()
+    with pytest.warns(UserWarning) as seen:
+        loaded = pipeline.load_all(reader)
+    return [str(warning.message) for warning in seen], loaded
+
+
+@pytest.mark.filterwarnings('ignore:Left out of training')
+@pytest.mark.parametrize('workers', [0, 2])
+def test_bad_images_are_masked_alike_in_every_pipeline(damaged, split, workers):
+    mesh, reader = sharding.make_mesh(jax.devices()[:1]), pipeline.Reader(damaged, max_bad=0.2)
+    order = functools.partial(pipeline.training_order, 3, EXAMPLES, BATCH)
+    expected = batches(pipeline.resident(reader, order, mesh), 0, 7)
+    assert_same(batches(pipeline.stream(reader, order, mesh, 7, workers), 0, 7), expected)
+    for batch in expected:
+        bad = np.isin(batch['index'], BAD)
+        np.testing.assert_array_equal(batch['mask'], ~bad)
+        images = np.where(bad[:, None, None, None], 0, split.source.images[batch['index']])
+        np.testing.assert_array_equal(batch['image'], images)
+    images, labels = pipeline.load_arrays(reader)
+    np.testing.assert_array_equal(images, np.delete(split.source.images, BAD, axis=0))
+    np.testing.assert_array_equal(labels, np.delete(split.source.labels, BAD))
+
+
+def test_a_warm_cache_says_the_same(damaged, monkeypatch, tmp_path):
+    reader = pipeline.Reader(damaged, max_bad=0.2)
+    first, (_, _, good) = warnings_of(reader)
+    assert [f'{tmp_path / f"{i}.png"}: ' in line for i, line in zip(BAD, first, strict=True)]
+    assert 'truncated' in first[1] and first[2].endswith('9.png: No such file or directory')
+    assert list(np.flatnonzero(~good)) == list(BAD)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, '_decode_to', None)  # a second decoding would fail
+        again, (_, _, same) = warnings_of(reader)
+        assert again == first and list(same) == list(good)
+        pipeline.load_all(reader)  # no warning: once a process
+        with pytest.raises(UserError, match=r'3 of 23 .*max_bad_images=0.1 allows 2:\n'):
+            pipeline.load_all(reader._replace(max_bad=0.1))
+    # A file that is there again is no change of the data, but is read.
+    Image.new('RGB', (5, 6)).save(tmp_path / '9.png')
+    assert warnings_of(reader)[0] == first[:2]
+
+
+def test_a_stream_stops_at_the_batch_that_is_over_the_budget(damaged):
+    order = functools.partial(pipeline.evaluation_order, EXAMPLES, BATCH)
+    mesh, reader = sharding.make_mesh(jax.devices()[:1]), pipeline.Reader(damaged, max_bad=0.1)
+    feed = pipeline.stream(reader, order, mesh, 3)
+    with pytest.warns(UserWarning) as seen:
+        feed.items(0, 1)
+    assert len(seen) == 2
+    with pytest.raises(UserError, match=r'3 of 23 images .* allows 2:\n(.*\n){3}Mend or remove'):
+        feed.items(1, 1)
+    feed.close()
+
+
+@pytest.mark.parametrize('pipe', ['resident', 'stream'])
+def test_evaluation_refuses_bad_images_by_path(damaged, pipe, tmp_path):
+    part = datasets.Split(select([(damaged.source, 5, 20)]), *list(vars(damaged).values())[1:])
+    order = functools.partial(pipeline.evaluation_order, 15, 15)
+    mesh, reader = sharding.make_mesh(jax.devices()[:1]), pipeline.Reader(part)
+    with pytest.raises(UserError, match='2 of 15 .* an evaluation leaves none out') as refusal:
+        if pipe == 'resident':
+            pipeline.resident(reader, order, mesh)
+        else:
+            pipeline.stream(reader, order, mesh, 1).items(0, 1)
+    assert all(f'{tmp_path / name}: ' in str(refusal.value) for name in ('7.png', '9.png'))
+
+
+def test_many_bad_images_are_counted(monkeypatch, tmp_path):
+    monkeypatch.setenv('JAXCLS_CACHE', str(tmp_path))
+    empty = datasets.Split([(b'', 0)] * 150, ('a',), (4, 4, 3), 'empty')
+    said, _ = warnings_of(pipeline.Reader(empty, max_bad=1.0))
+    assert len(said) == 101 and said[100].startswith('Left out of training: 50 more images')
+    with pytest.raises(UserError, match=r'(  example \d: .*\n){10}  and 140 more\n'):
+        pipeline.load_all(pipeline.Reader(empty, max_bad=0.99))
+
+
+@pytest.mark.parametrize(
+    ('model', 'fields'),
+    [
+        ({'name': 'mlp', 'hidden': (8,), 'norm': 'batch'}, {}),
+        ({'name': 'linear'}, {'accumulate_steps': 2, 'clip_norm': 1.0, 'sam_rho': 0.1}),
+    ],
+)
+def test_a_wholly_masked_batch_counts_nothing_and_stays_finite(model, fields):
+    config = config_lib.get_config()
+    config.update(model=model, batch_size=BATCH, **fields)
+    built = experiment.build(experiment.resolve(config), (6, 5, 3), 4, EXAMPLES)
+    batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), experiment.raw_batch(built))
+    state, sums = jax.jit(lambda seed: built.train_step(experiment.init(built, seed), batch))(0)
+    assert not any(jax.device_get(sums).values())  # not even as a bad step
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
 def test_auto_chooses_by_size(split, monkeypatch):

@@ -119,19 +119,20 @@ def test_fsdp_splits_large_arrays_along_the_largest_axis_that_divides():
     [
         ({}, None),
         ({'SLURM_STEP_NUM_TASKS': '1'}, None),
-        ({'SLURM_STEP_NUM_TASKS': '4'}, ((), {})),
-        ({'OMPI_COMM_WORLD_SIZE': '2'}, ((), {})),
+        ({'SLURM_STEP_NUM_TASKS': '4'}, {}),
+        ({'OMPI_COMM_WORLD_SIZE': '2'}, {}),
         ({'TPU_WORKER_HOSTNAMES': 'localhost'}, None),
-        ({'TPU_WORKER_HOSTNAMES': 'host0,host1'}, ((), {})),
+        ({'TPU_WORKER_HOSTNAMES': 'host0,host1'}, {}),
         (
             {'JAX_COORDINATOR_ADDRESS': 'a:1', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '1'},
-            (('a:1',), {'num_processes': 2, 'process_id': 1}),
+            {'coordinator_address': 'a:1', 'num_processes': 2, 'process_id': 1},
         ),
     ],
 )
 def test_processes_are_found_in_the_environment(monkeypatch, environment, arguments):
     calls = []
-    monkeypatch.setattr(jax.distributed, 'initialize', lambda *a, **k: calls.append((a, k)))
+    monkeypatch.setattr(jax.distributed, 'initialize', lambda **k: calls.append(k))
     monkeypatch.setattr(os, 'environ', environment)
     sharding.start_processes()
-    assert calls == ([arguments] if arguments else [])
+    times = {'initialization_timeout': 300, 'heartbeat_timeout_seconds': 15}
+    assert calls == ([] if arguments is None else [arguments | times])

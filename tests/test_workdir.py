@@ -1,4 +1,7 @@
+import contextlib
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -168,9 +171,48 @@ def test_metrics_are_rewound_to_a_step_and_cut_lines_dropped(tmp_path):
     with (tmp_path / 'metrics.jsonl').open('a') as file:
         file.write('{"kind": "tr')
     assert [record['step'] for record in workdir.read_metrics(tmp_path)] == [1, 2, 3]
-    workdir.rewind_metrics(tmp_path, 2)
+    records, dropped = workdir.rewind_metrics(tmp_path, 2)
+    assert [record['step'] for record in records] == [1, 2] and dropped == 1
     workdir.append_metrics(tmp_path, {'kind': 'train', 'step': 3})
     assert [record['step'] for record in workdir.read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_a_record_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    workdir.append_metrics(tmp_path, {'kind': 'train', 'step': 1})
+    before = (tmp_path / 'metrics.jsonl').read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(UserError, match='cannot be written: No space left on device. Make room'):
+        workdir.append_metrics(tmp_path, {'kind': 'train', 'step': 2})
+    assert (tmp_path / 'metrics.jsonl').read_bytes() == before
+
+
+def die(path, start, step):
+    with pytest.raises(ZeroDivisionError), workdir.attempt(path, start) as begin_step:
+        for i in range(start + 1, step + 1):
+            begin_step(i)
+        1 / 0  # noqa: B018
+
+
+def test_three_deaths_in_one_step_are_enough(tmp_path):
+    for start, step in ((0, 7), (4, 12), (4, 7), (4, 12), (4, 12), (4, 12)):
+        die(tmp_path, start, step)
+    with pytest.raises(UserError, match='went on from step 4 and died in step 12, each'):
+        workdir.attempt(tmp_path, 4).__enter__()
+    with workdir.attempt(tmp_path, 8):  # a later checkpoint
+        pass
+    assert not (tmp_path / '.attempts').exists()
+    for end in (UserError('mend it'), None):
+        for _ in range(2):
+            die(tmp_path, 4, 12)
+        with contextlib.suppress(UserError), workdir.attempt(tmp_path, 4) as begin_step:
+            begin_step(12)
+            if end:
+                raise end
+        assert not (tmp_path / '.attempts').exists()
 
 
 DATA = {'class_names': ('a', 'b'), 'image_shape': (8, 8, 1), 'examples': {'train': 3}}

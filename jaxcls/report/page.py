@@ -32,6 +32,7 @@ from rich.cells import cell_len
 
 from jaxcls import registry
 from jaxcls.report import charts
+from jaxcls.terminal import printable
 
 Section = dict[str, Any]
 _MATRIX_CLASSES = 40  # more are no picture but a list of pairs
@@ -51,10 +52,20 @@ def render(title: str, sections: Sequence[Section], *, subtitle: str = '') -> st
     )  # fmt: skip
     css, script = (loader.get_source(environment, f'page.{kind}')[0] for kind in ('css', 'js'))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    views = _number([_view(section) for section in sections])
+    views = _number([_view(section) for section in _shown(sections)])
     return environment.get_template('page.html').render(
-        title=title, subtitle=subtitle, sections=views, css=css, script=script, digest=digest
-    )
+        title=_shown(title), subtitle=_shown(subtitle), sections=views, css=css, script=script,
+        digest=digest,
+    )  # fmt: skip
+
+
+def _shown(value: Any) -> Any:
+    """Sections whose texts have escapes for control characters, surrogates and turns of direction."""
+    if isinstance(value, str):
+        return printable(value, keep='\n')
+    if isinstance(value, dict):
+        return {key: _shown(item) for key, item in value.items()}
+    return [_shown(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _number(views: list[dict], prefix: str = 's') -> list[dict]:
@@ -225,7 +236,10 @@ def _nested(section):
     }
 
 
-figure = charts.figure
+def figure(section: Section):
+    """A chart section, or a row of them, as a matplotlib Figure in the colours of the page."""
+    return charts.figure(_shown(section))
+
 
 _VIEWS = {
     'text': _text,
@@ -245,8 +259,8 @@ def row(title: str, note: str, *sections: Section) -> Section:
 
 def text(section: Section, width: int = 100) -> str:
     """A table for a terminal; columns that do not fit follow below, each time after the first one."""
-    cells = [[_printable(name) for name in section['columns']]] + [
-        [_printable(show(cell, kind)) for cell, kind in zip(row, section['formats'], strict=True)]
+    cells = [[printable(name) for name in section['columns']]] + [
+        [printable(show(cell, kind)) for cell, kind in zip(row, section['formats'], strict=True)]
         for row in section['rows']
     ]
     columns = list(zip(*cells, strict=True))
@@ -259,14 +273,9 @@ def text(section: Section, width: int = 100) -> str:
         shown = [0, *range(start, min(end, len(columns)))]
         blocks.append('\n'.join(_line([(row[i], sizes[i]) for i in shown]) for row in cells))
         start = end
-    title = [section['title']] if section['title'] else []
+    title = [printable(section['title'])] if section['title'] else []
     return '\n'.join([*title, '\n\n'.join(blocks)])
 
 
 def _line(cells) -> str:
     return '  '.join(text + ' ' * (size - cell_len(text)) for text, size in cells).rstrip()
-
-
-def _printable(text: str) -> str:
-    """Control characters as escapes, which a terminal does not obey."""
-    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)

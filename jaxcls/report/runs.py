@@ -69,7 +69,8 @@ def _file_names(texts: Sequence[str]) -> list[str]:
 
 
 def _file_name(text: str) -> str:
-    return re.sub(r'[^\w.-]+', '_', text.lower()).lstrip('.') or 'run'
+    # Systems allow 255 bytes, of which a letter takes up to four.
+    return re.sub(r'[^\w.-]+', '_', text.lower()).lstrip('.')[:50] or 'run'
 
 
 def _title(groups: Sequence[Group]) -> str:
