@@ -385,9 +385,17 @@ class Checkpoints:
         )
         self.read_only = read_only
         self.directory = (workdir / 'checkpoints').absolute()
-        self.manager = ocp.CheckpointManager(
-            self.directory, options=options, item_names=('tree', 'manifest')
-        )
+        try:
+            self.manager = ocp.CheckpointManager(
+                self.directory, options=options, item_names=('tree', 'manifest')
+            )
+        except OSError:
+            raise
+        except Exception as error:  # Orbax raises many kinds where a step's metadata are damaged
+            raise UserError(
+                f'The checkpoints in {self.directory} cannot be opened: {_first_line(error)}. Restore them '
+                'from a copy, or move the damaged step elsewhere.'
+            ) from None
 
     def save(self, step: int, tree: Any, metrics: dict[str, float] | None = None):
         """Starts saving in the background; the arrays may be donated once this returns.
@@ -560,7 +568,7 @@ def _silence_closed_loops():
     hook = sys.unraisablehook
 
     def quiet(unraisable):
-        if 'Event loop is closed' not in str(unraisable.exc_value):
+        if not re.search('Event loop is closed|reading array index', str(unraisable.exc_value)):
             hook(unraisable)
 
     if getattr(hook, '__name__', '') != 'quiet':

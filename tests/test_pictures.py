@@ -1,7 +1,9 @@
 import numpy as np
+import pytest
 
 from fake_runs import RECORDS
 from jaxcls import pictures
+from jaxcls.errors import UserError
 
 
 def test_curves_show_training_validation_and_the_gap():

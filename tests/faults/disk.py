@@ -14,7 +14,7 @@ from .rows import Row
 # (name, the largest file that the run may write, fields): the log and TensorBoard's events reach their
 # limit after some hundred steps, a checkpoint of a wide network its own at once.
 _LIMITS = {
-    'logging': (20_000, {'checkpoint_every_epochs': '8'}),
+    'logging': (12_000, {'checkpoint_every_epochs': '4'}),
     'saving': (100_000, {'model__hidden': '(700, 300)', 'epochs': '2'}),
 }
 

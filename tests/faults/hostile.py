@@ -64,7 +64,7 @@ def check(count: int, seed: int, directory: Path) -> str:
         for i in range(0, count, _NAMES):
             place = directory / str(i)
             elements += _check_report(texts[i:] + texts[:i], place, draws=i % _DRAWN == 0)
-        for text in texts:
+        for text in texts[:count]:
             lines += _check_terminal(text)
     for warning in caught:
         _check_clean(terminal.warning_line(warning.message), 'a warning')

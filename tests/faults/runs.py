@@ -16,9 +16,8 @@ from .rows import Row
 def kills(count: int, seed: int, directory: Path) -> str:
     """SIGKILL at a random moment, or while a checkpoint or a log line is being written."""
     random_ = random.Random(seed)
-    begin = time.monotonic()
-    whole = launch.whole(directory / 'whole')
-    seconds, killed, finished, phases = time.monotonic() - begin, 0, 0, {}
+    whole, seconds = launch.reference()
+    killed, finished, phases = 0, 0, {}
     while killed < count or not finished:
         path = directory / f'run{finished}'
         if killed == count:
@@ -61,7 +60,7 @@ def _kill(path: Path, random_: random.Random, seconds: float, phases: dict[str, 
 def signals(count: int, seed: int, directory: Path) -> str:
     """SIGTERM or Ctrl-C once the run is compiled, sometimes a second one right after."""
     random_ = random.Random(seed)
-    whole = launch.whole(directory / 'whole')
+    whole, _ = launch.reference()
     longest, run, path = 0.0, 0, directory / 'run'
     for i in range(count):
         number, second = random_.choice([signal.SIGTERM, signal.SIGINT]), i % 5 == 4
@@ -198,8 +197,8 @@ def crash_loop(count: int, seed: int, directory: Path) -> str:
 
 
 ROWS = (
-    Row(1, '{count} SIGKILLs at random moments of runs', kills, full=50, share=2),
-    Row(2, '{count} SIGTERMs and Ctrl-Cs at random phases', signals, full=20, share=2),
+    Row(1, '{count} SIGKILLs at random moments of runs', kills, full=50, share=1),
+    Row(2, '{count} SIGTERMs and Ctrl-Cs at random phases', signals, full=20, share=1),
     Row(3, 'resume at {count} steps of a run of 40, each pipeline', resumes, full=40, share=2),
     Row(13, 'two runs on one workdir, {count} times; locks left by SIGKILL', two_at_once, 20, 1),
     Row(15, 'crash loop: three restarts that die at one step, {count} times', crash_loop, 5, 1),
