@@ -7,9 +7,11 @@ checkpoint) nothing waits for the device.
 import bisect
 import collections
 import contextlib
+import functools
 import math
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,9 +21,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import RecordWriter
 
 from jaxcls import experiment as experiment_lib
 from jaxcls import metrics, pipeline, steps
@@ -220,47 +219,66 @@ def _place(experiment, step: int, clock: Clock) -> dict[str, Any]:
     return {'step': step, 'epoch': round(epoch, 4), 'seconds': round(clock.seconds(), 3)}
 
 
+@functools.cache
+def _tensorboardx():
+    """The module, without PyTorch, which it would import where it is installed: that takes seconds."""
+    hide = 'torch' not in sys.modules
+    if hide:
+        sys.modules['torch'] = None
+    try:
+        import tensorboardX
+    finally:
+        if hide:
+            del sys.modules['torch']
+    return tensorboardX
+
+
 def tensorboard(
     workdir: Path, restored: workdir_lib.Restored | None, stack: contextlib.ExitStack
-) -> RecordWriter | None:
+) -> Any:
     """The event file of the first process; what an earlier start wrote after the step is purged.
 
     tensorboardX's own `SummaryWriter` writes in a thread, where nobody sees that a disk is full.
+
+    Returns:
+      A `tensorboardX.RecordWriter`; None in the other processes.
     """
     if jax.process_index():
         return None
     name = f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}'
     with workdir_lib.writable(workdir):
-        writer = RecordWriter(str(workdir / name))
+        writer = _tensorboardx().RecordWriter(str(workdir / name))
     stack.callback(_close, workdir, writer)
     _write_event(writer, 0, file_version='brain.Event:2')
     if restored:
-        start = SessionLog(status=SessionLog.START)
-        _write_event(writer, restored.step + 1, session_log=start)
+        kind = _tensorboardx().proto.event_pb2.SessionLog
+        _write_event(writer, restored.step + 1, session_log=kind(status=kind.START))
     return writer
 
 
-def _close(workdir: Path, writer: RecordWriter):
+def _close(workdir: Path, writer):
     with workdir_lib.writable(workdir):
         writer.close()
 
 
-def _write_event(writer: RecordWriter, step: int, **what):
-    writer.write(Event(wall_time=time.time(), step=step, **what).SerializeToString())
+def _write_event(writer, step: int, **what):
+    event = _tensorboardx().proto.event_pb2.Event(wall_time=time.time(), step=step, **what)
+    writer.write(event.SerializeToString())
 
 
-def write(workdir: Path, writer: RecordWriter | None, record: dict[str, Any]):
+def write(workdir: Path, writer: Any, record: dict[str, Any]):
     """Adds a log line to metrics.jsonl and to TensorBoard's events, by the process that has a writer."""
     if not writer:
         return
     workdir_lib.append_metrics(workdir, record)
+    summary = _tensorboardx().proto.summary_pb2.Summary
     values = [
-        Summary.Value(tag=f'{name}/{record["kind"]}', simple_value=value)
+        summary.Value(tag=f'{name}/{record["kind"]}', simple_value=value)
         for name, value in record.items()
         if name not in ('kind', 'step') and value is not None
     ]
     with workdir_lib.writable(workdir):
-        _write_event(writer, record['step'], summary=Summary(value=values))
+        _write_event(writer, record['step'], summary=summary(value=values))
 
 
 def finite(summary: dict[str, float]) -> dict[str, float | None]:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tensorboardX.record_writer import RecordWriter
 
 from jaxcls import evaluation, inspection, loop, metrics, pipeline, results, sharding, steps
 from jaxcls import experiment as experiment_lib
@@ -115,7 +114,7 @@ class _Many(NamedTuple):
     clock: loop.Clock
     on_event: loop.OnEvent
     histories: list[list[dict[str, Any]]]
-    writers: list[RecordWriter | None]
+    writers: list[Any]  # as in `train`
     diverged: set[int]  # places in `members`
 
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
-from tensorboardX.record_writer import RecordWriter
 
 from jaxcls import (
     baselines,
@@ -45,7 +44,7 @@ class _Run(NamedTuple):
     like: Any  # shapes and shardings of (state, totals)
     events: loop.Events
     clock: loop.Clock
-    writer: RecordWriter | None  # of the first process
+    writer: Any  # of TensorBoard's events; None but in the first process
     on_event: loop.OnEvent
     begin_step: Callable[[int], None]  # notes which step is under way
 

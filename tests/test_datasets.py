@@ -592,6 +592,16 @@ def test_arrays_get_the_channels_asked_for():
 # Digits
 
 
+def test_digits_are_those_of_scikit_learn():
+    from sklearn.datasets import load_digits
+
+    source = datasets.load('digits', 'all').source
+    theirs = load_digits()
+    ours = {(image.tobytes(), label) for image, label in source}
+    pixels = np.rint(theirs.images * (255 / 16)).astype(np.uint8)
+    assert ours == {(x.tobytes(), int(y)) for x, y in zip(pixels, theirs.target, strict=True)}
+
+
 def test_digits_are_split_once_and_for_all():
     splits = {name: datasets.load('digits', name) for name in ('train', 'test')}
     assert datasets.splits('digits') == {'train': 1437, 'test': 360}

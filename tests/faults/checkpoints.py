@@ -110,7 +110,6 @@ def all_bad(count: int, seed: int, directory: Path) -> str:
     from .runs import _forty_steps
 
     random_, config = random.Random(seed), _forty_steps()
-    config.checkpoint_every_epochs = 1.0
     fit(config, directory / 'good')
     for i in range(count):
         path = directory / f'bad{i}'

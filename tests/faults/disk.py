@@ -15,7 +15,7 @@ from .rows import Row
 # limit after some hundred steps, a checkpoint of a wide network its own at once.
 _LIMITS = {
     'logging': (12_000, {'checkpoint_every_epochs': '4'}),
-    'saving': (100_000, {'model__hidden': '(700, 300)', 'epochs': '2'}),
+    'saving': (100_000, {'model__hidden': '(300,)', 'epochs': '2'}),
 }
 
 

@@ -42,7 +42,7 @@ def non_finite(count: int, seed: int, directory: Path) -> str:
         value = random_.choice([np.nan, np.inf, -np.inf, 1e38])
         how = random_.choice(['once', 'some', 'row', 'spike'])
         config = _forty_steps()
-        config.max_bad_steps = 5
+        config.max_bad_steps, config.checkpoint_every_epochs = 5, 0.25
         first = random_.randrange(1, 30)
         bad = {'once': {first}, 'some': set(random_.sample(range(1, 40), 9))}.get(how, set())
         bad = set(range(first, 40)) if how == 'row' else bad
