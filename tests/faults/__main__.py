@@ -1,6 +1,7 @@
 """`python -m tests.faults [--full] [--only 1 4] [--seed 0]`: runs the table and prints it with counts."""
 
 import argparse
+import logging
 import sys
 import tempfile
 import time
@@ -21,6 +22,8 @@ def main() -> int:
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
     jax.config.update('jax_num_cpu_devices', 8)
+    for name in ('absl', 'asyncio'):  # as the command line has it
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     broken = 0
     print(f'{"":>3} {"test":<72} {"seconds":>8}  result (seed {args.seed})')
     for row in ROWS:
