@@ -524,42 +524,45 @@ def _run_verify(args) -> int:
             'Give the directory of a run, to check its checkpoints; or --resume with a --config, to try '
             'on this machine whether its runs resume.'
         )
-    config = _load_config(args) if args.resume else None
+    if args.resume:
+        _verify_resuming(args)
+    else:
+        _verify_checkpoints(args)
+    return 0
+
+
+def _verify_checkpoints(args):
     _start()
     from jaxcls import verify
 
-    if args.workdir:
-        rows = verify.verify(args.workdir)
-        problems = [row for row in rows if row['problem']]
-        _print(args, rows, lambda rows: '\n'.join(map(_verified, rows)))
-        if problems:
-            raise UserError(
-                f'{len(problems)} of {len(rows)} checkpoints are damaged. Training goes on from the newest '
-                'that is intact; repeat its `jaxcls train`.'
-            )
-        return 0
+    rows = verify.verify(args.workdir)
+    _print(args, rows, lambda rows: '\n'.join(map(_verified, rows)))
+    problems = [row for row in rows if row['problem']]
+    if problems:
+        raise UserError(
+            f'{len(problems)} of {len(rows)} checkpoints are damaged. Training goes on from the newest '
+            'that is intact; repeat its `jaxcls train`.'
+        )
+
+
+def _verify_resuming(args):
+    config = _load_config(args)
+    _start()
+    from jaxcls import verify
+
     with tempfile.TemporaryDirectory(prefix='jaxcls-verify-') as directory:
         found = verify.resumes(config, Path(directory))
-    killed = ' and '.join(map(str, found['killed']))
-    _print(
-        args,
-        found,
-        lambda found: (
-            f'{found["steps"]} steps of {config.model.name} on {config.data.name}, killed after step '
-            f'{killed}, against a run left alone: '
-            + (
-                f'{len(found["differs"])} differences'
-                if found['differs']
-                else f'the log and {found["arrays"]} arrays are the same, bit for bit'
-            )
-        ),
-    )
     if found['differs']:
         raise UserError(
             f'The resumed run differs: {", ".join(found["differs"][:5])}. On a GPU, set '
             'XLA_FLAGS=--xla_gpu_deterministic_ops=true; elsewhere that is a bug: please report it.'
         )
-    return 0
+    killed = ' and '.join(map(str, found['killed']))
+    text = (
+        f'{found["steps"]} steps of {config.model.name} on {config.data.name}, killed after step {killed}, '
+        f'against a run left alone: the log and {found["arrays"]} arrays are the same, bit for bit'
+    )
+    _print(args, found, lambda _: text)
 
 
 def _verified(row) -> str:
