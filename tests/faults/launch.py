@@ -88,7 +88,7 @@ def kill(process: subprocess.Popen):
     process.communicate()
 
 
-def wait_until(true: Callable[[], bool], process: subprocess.Popen, seconds: float = 60) -> bool:
+def wait_until(true: Callable[[], bool], process: subprocess.Popen, seconds: float = 180) -> bool:
     """Whether something came true before the program ended."""
     limit = time.monotonic() + seconds
     while process.poll() is None:
