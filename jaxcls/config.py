@@ -21,7 +21,10 @@ from jaxcls import registry
 from jaxcls.errors import UserError
 
 # The sections that name a factory. Their arguments are that factory's, so they may gain fields.
-SECTIONS = ('model', 'loss', 'optimizer', 'schedule')
+_BASIC = ('model', 'loss', 'optimizer', 'schedule')
+# Those that are off unless a config names one: every table of theirs has 'none'.
+_OPTIONAL = ('adversary', 'privacy', 'teacher', 'pruning', 'quantization')
+SECTIONS = (*_BASIC, *_OPTIONAL)
 # Fields of a section beside its factory's arguments.
 _BESIDE = {
     'model': {
@@ -71,6 +74,11 @@ def get_config() -> ConfigDict:
             'optimizer': {'name': 'adam'},
             'learning_rate': 0.003,
             'schedule': {'name': 'cosine'},
+            'adversary': {'name': 'none'},  # 'pgd', 'trades': trains on adversarial examples
+            'privacy': {'name': 'none'},  # 'dp_sgd': differential privacy
+            'teacher': {'name': 'none'},  # 'logits', 'features': learns from a trained run
+            'pruning': {'name': 'none'},  # 'magnitude': weights are set to zero on the way
+            'quantization': {'name': 'none'},  # 'int8': trains with rounded weights and activations
             'warmup_epochs': 0.0,
             'weight_decay': 0.0,  # decoupled, of kernels only
             'l1': 0.0,  # penalties in the loss, of kernels only
@@ -464,7 +472,7 @@ def from_json(text: str, tables: Tables | None = None) -> ConfigDict:
         if not isinstance(part, (ConfigDict, dict)):
             raise ValueError(f'its data are {part!r}, not a dict of fields')
         for field in known:
-            if field not in part and field not in (*SECTIONS, 'augment', 'data'):
+            if field not in part and field not in (*_BASIC, 'augment', 'data'):
                 part[field] = known[field]
     if tables:
         complete(config, tables)

@@ -32,12 +32,19 @@ from jaxcls import config as config_lib
 from jaxcls.errors import UserError
 from jaxcls.models import MODELS
 
+# Of an optional section that has nothing yet.
+_OFF = {'none': lambda: None}
 TABLES = {
     'model': MODELS | estimators.BASELINES,
     'loss': losses.LOSSES,
     'optimizer': optimizers.OPTIMIZERS,
     'schedule': schedules.SCHEDULES,
     'augment': augment.AUGMENTATIONS,
+    'adversary': _OFF,
+    'privacy': _OFF,
+    'teacher': _OFF,
+    'pruning': _OFF,
+    'quantization': _OFF,
 }
 # Names of config.precision to (computation, parameters).
 _DTYPES = {

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxcls import commands, main, predict, workdir
+from jaxcls import main, predict, workdir
+from jaxcls.commands import common
 
 TRAIN = [
     '--config.epochs=3', '--config.model.name=mlp', '--config.model.hidden=(16,)',
@@ -21,7 +22,7 @@ TRAIN = [
 def no_start():
     """Commands do not touch the process: no cache of compiled programs, no warnings format."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands, '_start', lambda: None)
+        patch.setattr(common, 'start', lambda: None)
         yield
 
 

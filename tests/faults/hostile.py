@@ -21,7 +21,8 @@ from unittest import mock
 from rich.console import Console
 
 import fake_runs
-from jaxcls import commands, console, main, results, terminal
+from jaxcls import console, main, results, terminal
+from jaxcls.commands import common
 from jaxcls.report import compare, page
 from jaxcls.report import runs as report_runs
 
@@ -56,7 +57,7 @@ def check(count: int, seed: int, directory: Path) -> str:
     elements, lines = 0, 0
     with (
         contextlib.chdir(directory),
-        mock.patch.object(commands, '_start', lambda: None),
+        mock.patch.object(common, 'start', lambda: None),
         mock.patch.object(warnings, 'formatwarning', terminal.warning_line),
         warnings.catch_warnings(record=True) as caught,
     ):

@@ -14,7 +14,8 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-from jaxcls import commands, loop, main, weight_files
+from jaxcls import loop, main, weight_files
+from jaxcls.commands import common
 
 from .rows import Row
 
@@ -146,7 +147,7 @@ def check(count: int, seed: int, directory: Path) -> str:
     places = {'RUN': run, 'HERE': here, 'STUDIES': studies}
     chosen = MISTAKES if count >= len(MISTAKES) else random.Random(seed).sample(MISTAKES, count)
     slowest = 0.0
-    with contextlib.chdir(cwd), mock.patch.object(commands, '_start', lambda: None):
+    with contextlib.chdir(cwd), mock.patch.object(common, 'start', lambda: None):
         status, _, said = _run([f'--workdir={run}', *FIELDS])
         assert status == 0, said
         before = _listing(directory)
