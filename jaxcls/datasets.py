@@ -1,4 +1,4 @@
-"""Data sets by name: tfds:NAME, folder:PATH, npz:PATH or digits, as splits of images and labels.
+"""Data sets by name: tfds:NAME, folder:PATH, npz:PATH, digits or canvas, as splits of images and labels.
 
 Nothing here needs TensorFlow, or JAX: worker processes import this module.
 """
@@ -22,7 +22,9 @@ DATASETS: dict[str, Callable[[str, str, int], loaders.Dataset]] = {
     'folder': loaders.folder,
     'npz': loaders.npz,
     'digits': loaders.digits,
+    'canvas': loaders.canvas,
 }
+_BUILT_IN = ('digits', 'canvas')
 MAX_PIXELS = 50_000_000
 # Pillow reads more, such as EPS, for which it runs the file as a program of Ghostscript's.
 FORMATS = ('BMP', 'GIF', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP')
@@ -56,11 +58,12 @@ def load(
     per_class: int = 0,
     imbalance: float = 1.0,
     label_noise: float = 0.0,
+    share: float = 1.0,
 ) -> Split:
     """Opens a split of a data set, and prepares a TFDS data set that is not yet.
 
     Args:
-      name: 'tfds:NAME' ('tfds:NAME/CONFIG:VERSION'), 'folder:PATH', 'npz:PATH' or 'digits'.
+      name: 'tfds:NAME' ('tfds:NAME/CONFIG:VERSION'), 'folder:PATH', 'npz:PATH', 'digits' or 'canvas'.
       split: 'train', 'train[:90%]', 'test[-100:]', 'train+test', 'all': the grammar of TFDS.
       data_dir: of TFDS; '' is $TFDS_DATA_DIR, else ~/tensorflow_datasets.
       seed: of the split of a folder that is not split itself, and of what is drawn below.
@@ -70,6 +73,7 @@ def load(
       imbalance: the largest class over the last; then cuts to a long tail (`tail_sizes`), drawn as
         for `per_class`: those of a greater imbalance are among them. 1 keeps all.
       label_noise: last, the share of labels to replace by those of other classes (`noisy_indices`).
+      share: before that, how much of what is left to keep, in (0, 1] (`share_indices`).
 
     Raises:
       UserError: the data set, the split or a file of it is not there or not what it should be; the
@@ -82,14 +86,17 @@ def load(
     source = select([(opened[part], start, stop) for part, start, stop in ranges])
     identity = [(opened[part].content, start, stop) for part, start, stop in ranges]
     fingerprint = loaders.digest([dataset.class_names, dataset.shape, identity])
-    if classes or per_class or imbalance > 1 or label_noise:
+    if classes or per_class or imbalance > 1 or label_noise or share < 1:
         kept = dict(zip(classes or range(len(names)), names, strict=True))
         indices, labels = _choose(read_labels(source), kept, split, per_class, imbalance, seed)
+        if share < 1:
+            drawn = share_indices(len(indices), share, seed)
+            indices, labels = indices[drawn], labels[drawn]
         labels = _mislabel(labels, len(names), label_noise, seed)
         source = subset(source, indices, labels)
         fingerprint = loaders.digest([fingerprint, names, indices.tolist(), labels.tolist()])
     if name.startswith('npz:'):  # worker processes read the file, rather than be sent the pixels
-        cut = (classes, per_class, imbalance, label_noise)
+        cut = (classes, per_class, imbalance, label_noise, share)
         remake = (_remake, (name, split, data_dir, seed, *cut))
         source = ArraySource(source.images, source.labels, remake=remake)
     return Split(source, names, dataset.shape, fingerprint)
@@ -180,6 +187,16 @@ def tail_sizes(sizes: Sequence[int], imbalance: float) -> list[int]:
     return [min(size, max(1, n)) for size, n in zip(sizes, wanted, strict=True)]
 
 
+def share_indices(examples: int, share: float, seed: int) -> np.ndarray:
+    """Which examples of a split `load` keeps: sorted indices, `round(share * N)` and at least 1.
+
+    Those of a smaller share are among them. Over many seeds an example is in about this share of
+    the draws.
+    """
+    random = np.random.RandomState([seed, 0, 2])  # of no class of `draw`, and not that of the noise
+    return np.sort(random.permutation(examples)[: max(1, round(share * examples))])
+
+
 def noisy_indices(examples: int, label_noise: float, seed: int) -> np.ndarray:
     """Which examples of a split `load` gives a wrong label: sorted indices, `round(label_noise * N)`.
 
@@ -233,6 +250,7 @@ def describe(
     per_class: int = 0,
     imbalance: float = 1.0,
     label_noise: float = 0.0,
+    share: float = 1.0,
 ) -> Description:
     """Describes what `load` with the same arguments opens; nothing is prepared.
 
@@ -257,7 +275,25 @@ def describe(
             examples = sum(tail_sizes([each] * len(names), imbalance))
     elif classes or imbalance > 1:
         examples = len(load(name, split, data_dir, seed, classes, 0, imbalance).source)
+    if examples:
+        examples = max(1, round(share * examples))
     return Description(dataset.shape, names, examples)
+
+
+def load_boxes(name: str, split: str, data_dir: str = '', seed: int = 0) -> np.ndarray | None:
+    """Where the object of each example of a split is, as `loaders.Dataset.boxes`; None without boxes.
+
+    Args:
+      name, split, data_dir, seed: as in `load`.
+
+    Raises:
+      UserError: as `load`.
+    """
+    dataset = _open(name, data_dir, seed)
+    ranges = parse_split(split, dataset.sizes)
+    if dataset.boxes is None:
+        return None
+    return np.concatenate([dataset.boxes(part)[start:stop] for part, start, stop in ranges])
 
 
 def splits(name: str, data_dir: str = '') -> dict[str, int]:
@@ -267,10 +303,10 @@ def splits(name: str, data_dir: str = '') -> dict[str, int]:
 
 def _open(name: str, data_dir: str, seed: int) -> loaders.Dataset:
     kind, _, location = name.partition(':')
-    if kind not in DATASETS or bool(location) != (kind != 'digits'):
+    if kind not in DATASETS or bool(location) != (kind not in _BUILT_IN):
         hint = '' if kind in DATASETS else f" A data set of TFDS is written 'tfds:{name}'."
         raise UserError(
-            f'Unknown data set {name!r}, expected tfds:NAME, folder:PATH, npz:PATH or digits.{hint}'
+            f'Unknown data set {name!r}, expected tfds:NAME, folder:PATH, npz:PATH, digits or canvas.{hint}'
         )
     try:
         return DATASETS[kind](location, data_dir, seed)
@@ -372,6 +408,15 @@ def decode(image: bytes | np.ndarray, channels: int) -> np.ndarray:
     raise UserError(
         f'Image of {pixels:,} pixels or more, expected at most {MAX_PIXELS:,}. Make it smaller.'
     )
+
+
+def size_of(image: bytes | np.ndarray) -> tuple[int, int]:
+    """Height and width of an image as `decode` returns it, without decoding it where it need not be."""
+    if isinstance(image, np.ndarray):
+        return image.shape[:2]
+    with Image.open(io.BytesIO(image), formats=FORMATS) as picture:
+        turned = picture.getexif().get(0x0112, 1) >= 5
+        return picture.size if turned else (picture.height, picture.width)
 
 
 def _to_array(picture: Image.Image, mode: str) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Loaders of data sets: from TFDS, a folder of images, an npz file, or scikit-learn's digits."""
 
+import functools
 import hashlib
 import importlib.util
 import math
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from jaxcls.errors import UserError
 from jaxcls.sources import ArraySource, FileSource, RecordSource
@@ -19,12 +21,22 @@ SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif')
 
 
 class Dataset(NamedTuple):
-    """What a loader returns: the number of examples of each split, and `open(split) -> source`."""
+    """What a loader returns.
+
+    Attributes:
+      sizes: the number of examples of each split.
+      open: `split -> source`.
+      class_names: [K].
+      shape: (H, W, C) of all images; H = W = 0 where sizes vary.
+      boxes: `split -> float32 [N, 4]`, where the object is: top, left, bottom, right, as shares of the
+        image's height and width; None where the data set has none.
+    """
 
     sizes: dict[str, int]
     open: Callable[[str], Any]
     class_names: tuple[str, ...]
     shape: tuple[int, int, int]
+    boxes: Callable[[str], np.ndarray] | None = None
 
 
 def digest(parts: Iterable[Any]) -> str:
@@ -84,8 +96,28 @@ def _from_info(location: str, info) -> Dataset:
         files = tuple(str(path) for path in paths)
         return RecordSource(format, files, ends, keys, label.num_classes, content)
 
+    def read_boxes(split: str) -> np.ndarray:
+        source = open_split(split)
+        return np.float32([source.box(i, box) for i in range(len(source))]).reshape(-1, 4)
+
     sizes = {name: split.num_examples for name, split in info.splits.items()}
-    return Dataset(sizes, open_split, tuple(label.names), shape)
+    box = _box_feature(info)
+    return Dataset(sizes, open_split, tuple(label.names), shape, read_boxes if box else None)
+
+
+def _box_feature(info) -> str:
+    """The name, in records, of the feature that holds the box or the boxes of an image; '' is none."""
+    from tensorflow_datasets import features as kinds
+
+    for key, feature in info.features.items():
+        inner = dict(getattr(getattr(feature, 'feature', None), 'items', dict)())
+        for path, kind in (
+            (key, feature),
+            *((f'{key}/{name}', item) for name, item in inner.items()),
+        ):
+            if isinstance(kind, kinds.BBoxFeature):
+                return path
+    return ''
 
 
 def _image_and_label(location: str, info) -> tuple[str, str]:
@@ -141,6 +173,56 @@ def digits(location: str, data_dir: str, seed: int) -> Dataset:
 
     sizes = {name: len(index) for name, index in chosen.items()}
     return Dataset(sizes, open_split, tuple('0123456789'), (8, 8, 1))
+
+
+_CANVAS, _COPIES = 40, 4
+
+
+def canvas(location: str, data_dir: str, seed: int) -> Dataset:
+    """Each of the digits on four canvases of 40x40, of 12 to 24 pixels, among scraps of others.
+
+    A box is that of the digit's ink. A split of scikit-learn's digits makes one of canvases, which are
+    the same every time.
+    """
+    plain = digits(location, data_dir, seed)
+
+    @functools.cache
+    def draw(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        source = plain.open(split)
+        images = source.images[..., 0]
+        random = np.random.RandomState(len(images))  # NumPy keeps its stream for good
+        drawn = [_place(images, i, random) for i in range(len(images)) for _ in range(_COPIES)]
+        pixels, boxes = map(np.stack, zip(*drawn, strict=True))
+        return pixels[..., None], np.repeat(source.labels, _COPIES), np.float32(boxes)
+
+    def open_split(split: str) -> ArraySource:
+        pixels, labels, _ = draw(split)
+        return ArraySource(pixels, labels, hashlib.sha256(pixels.tobytes()).hexdigest())
+
+    sizes = {name: _COPIES * size for name, size in plain.sizes.items()}
+    shape = (_CANVAS, _CANVAS, 1)
+    return Dataset(sizes, open_split, plain.class_names, shape, lambda split: draw(split)[2])
+
+
+def _place(images: np.ndarray, i: int, random: np.random.RandomState) -> tuple[np.ndarray, list]:
+    """A canvas with image i and its box, over six scraps of other images and some noise."""
+    pixels = random.randint(0, 32, (_CANVAS, _CANVAS)).astype(np.uint8)
+    for other in random.randint(0, len(images), 6):
+        scrap = _resized(images[other], random.randint(12, 25))[: random.randint(4, 8), :6]
+        top, left = (random.randint(0, _CANVAS - n + 1) for n in scrap.shape)
+        region = pixels[top : top + scrap.shape[0], left : left + scrap.shape[1]]
+        np.maximum(region, scrap, out=region)
+    digit = _resized(images[i], random.randint(12, 25))
+    top, left = random.randint(0, _CANVAS - len(digit) + 1, 2)
+    region = pixels[top : top + len(digit), left : left + len(digit)]
+    np.maximum(region, digit, out=region)
+    rows, columns = (np.flatnonzero((digit > 64).any(axis)) for axis in (1, 0))
+    edges = [top + rows[0], left + columns[0], top + rows[-1] + 1, left + columns[-1] + 1]
+    return pixels, [edge / _CANVAS for edge in edges]
+
+
+def _resized(image: np.ndarray, side: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
 
 
 def folder(location: str, data_dir: str, seed: int) -> Dataset:

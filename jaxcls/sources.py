@@ -101,21 +101,36 @@ class RecordSource:
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
+        def take(image, label):
+            return image.bytes_list.value[0], label.int64_list.value[0]
+
+        (image, label), place = self._read(index, self.keys, take)
+        if not 0 <= label < self.num_classes:
+            raise UserError(
+                f'{place} has the label {label}, expected 0 to {self.num_classes - 1}. A split without '
+                'labels cannot be used.'
+            )
+        return image, label
+
+    def box(self, index: int, key: str) -> tuple[float, ...]:
+        """The first box of a record, as TFDS writes it: top, left, bottom, right in [0, 1]."""
+        values, place = self._read(index, (key,), lambda boxes: tuple(boxes.float_list.value[:4]))
+        if len(values) < 4:
+            raise UserError(f'{place} has no box: take a split in which every example has one.')
+        return values
+
+    def _read(self, index: int, keys: tuple[str, ...], take: Callable) -> tuple[Any, str]:
+        """What `take` takes from some features of a record, and what to call that in a message."""
         index = _in_range(index, len(self))
         shard = bisect.bisect_right(self.ends, index)
         start = self.ends[shard - 1] if shard else 0
         path, count = self.files[shard], self.ends[shard] - start
+        place = f'Record {index - start} of {path}'
         try:
             record = _open_records(self.format, path, count, os.getpid())(index - start)
-            image, label = _parse(record, self.keys)
+            return take(*_parse(record, keys)), place
         except (RuntimeError, ValueError, IndexError) as e:
-            raise UserError(f'Record {index - start} of {path} is damaged: {e}. {_AGAIN}') from e
-        if not 0 <= label < self.num_classes:
-            raise UserError(
-                f'Record {index - start} of {path} has the label {label}, expected 0 to '
-                f'{self.num_classes - 1}. A split without labels cannot be used.'
-            )
-        return image, label
+            raise UserError(f'{place} is damaged: {e}. {_AGAIN}') from e
 
 
 @dataclass(frozen=True)
@@ -221,8 +236,8 @@ def _in_range(index: int, length: int) -> int:
     return index % length
 
 
-def _parse(record: bytes, keys: tuple[str, str]) -> tuple[bytes, int]:
-    """The image and the label of a serialised tf.train.Example."""
+def _parse(record: bytes, keys: tuple[str, ...]) -> list[Any]:
+    """Features of a serialised tf.train.Example, none of them empty."""
     parse, error = _example_parser()
     try:
         features = parse(record).features.feature
@@ -230,8 +245,7 @@ def _parse(record: bytes, keys: tuple[str, str]) -> tuple[bytes, int]:
         raise ValueError('not a tf.train.Example') from e
     if not all(key in features for key in keys):
         raise ValueError(f'it has the features {sorted(features)}, expected {list(keys)}')
-    image, label = (features[key] for key in keys)
-    return image.bytes_list.value[0], label.int64_list.value[0]
+    return [features[key] for key in keys]
 
 
 # Threads that import TFDS at the same time block each other for good: its lazy modules have locks too.

@@ -14,13 +14,31 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from jaxcls import datasets
+from jaxcls import datasets, pipeline
 from jaxcls.errors import UserError
 from jaxcls.sources import ArraySource, _masked_crc, _tfrecord_spans
 
 IMAGE = 'tensorflow_datasets.core.features.image_feature.Image'
 LABEL = 'tensorflow_datasets.core.features.class_label_feature.ClassLabel'
 FEATURES = 'tensorflow_datasets.core.features.features_dict.FeaturesDict'
+SHAPES = {
+    'image': {
+        'pythonClassName': IMAGE,
+        'image': {'dtype': 'uint8', 'shape': {'dimensions': ['6', '6', '3']}},
+    },
+    'label': {'pythonClassName': LABEL, 'classLabel': {'numClasses': '3'}},
+}
+BOX = {
+    'pythonClassName': 'tensorflow_datasets.core.features.bounding_boxes.BBoxFeature',
+    'boundingBox': {'shape': {'dimensions': ['4']}, 'dtype': 'float32', 'bboxFormat': 'REL_YXYX'},
+}
+OBJECTS = {
+    'pythonClassName': 'tensorflow_datasets.core.features.sequence_feature.Sequence',
+    'sequence': {
+        'feature': {'pythonClassName': FEATURES, 'featuresDict': {'features': {'bbox': BOX}}},
+        'length': '-1',
+    },
+}
 
 
 def picture(label: int, size: int = 6, mode: str = 'RGB') -> Image.Image:
@@ -73,17 +91,13 @@ def example(label: int) -> bytes:
     return message.SerializeToString()
 
 
-def write_tfds(root: Path, format: str, shards=(7, 0, 5), features=None, name='shapes') -> Path:
+def write_tfds(
+    root: Path, format: str, shards=(7, 0, 5), features=None, name='shapes', make=example
+) -> Path:
     """A data set 'shapes', as TFDS writes it, of 12 training and 3 test examples."""
     directory = root / name / '1.0.0'
     directory.mkdir(parents=True)
-    features = features or {
-        'image': {
-            'pythonClassName': IMAGE,
-            'image': {'dtype': 'uint8', 'shape': {'dimensions': ['6', '6', '3']}},
-        },
-        'label': {'pythonClassName': LABEL, 'classLabel': {'numClasses': '3'}},
-    }
+    features = features or SHAPES
     content = {'pythonClassName': FEATURES, 'featuresDict': {'features': features}}
     (directory / 'features.json').write_text(json.dumps(content))
     (directory / 'label.labels.txt').write_text('circle\nsquare\nstar')
@@ -94,7 +108,7 @@ def write_tfds(root: Path, format: str, shards=(7, 0, 5), features=None, name='s
         splits.append({'name': split, 'shardLengths': lengths_text, 'filepathTemplate': template})
         for i, length in enumerate(lengths):
             path = directory / f'{name}-{split}.{format}-{i:05d}-of-{len(lengths):05d}'
-            write_records(path, format, [example(number + k) for k in range(length)])
+            write_records(path, format, [make(number + k) for k in range(length)])
             number += length
     info = {'name': name, 'version': '1.0.0', 'fileFormat': format, 'splits': splits}
     if 'image' in features:
@@ -122,6 +136,32 @@ def write_npz(path: Path, **changes):
     }
     arrays |= changes
     np.savez_compressed(path, **{k: v for k, v in arrays.items() if v is not None})
+
+
+@pytest.mark.parametrize('feature', ['bbox', 'objects/bbox'])
+def test_boxes_come_in_the_order_of_the_split(tmp_path, feature):
+    def boxed(label):
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        message = tf_example_pb2.Example.FromString(example(label))
+        message.features.feature[feature].float_list.value.extend([0, label / 100, 0.5, 1])
+        return message.SerializeToString()
+
+    features = {**SHAPES, 'bbox': BOX} if feature == 'bbox' else {**SHAPES, 'objects': OBJECTS}
+    write_tfds(tmp_path, 'array_record', features=features, make=boxed)
+    boxes = datasets.load_boxes('tfds:shapes', 'train[3:9]', str(tmp_path))
+    np.testing.assert_allclose(boxes[:, 1], np.arange(3, 9) / 100, rtol=1e-6)
+    assert (
+        boxes.shape == (6, 4)
+        and datasets.load('tfds:shapes', 'train', str(tmp_path)).source[4][1] == 1
+    )
+
+
+def test_boxes_move_with_the_crop():
+    # Of 20x40 pixels the middle 20x20 are kept.
+    boxes = np.array([[0.5, 0.25, 1.0, 0.75], [0.0, 0.0, 1.0, 0.2], [0.25, 0.5, 0.75, 1.0]])
+    found = pipeline.boxes_in_crop(boxes, [(20, 40)] * 3, 1.0)
+    np.testing.assert_allclose(found, [[0.5, 0, 1, 1], [0, 0, 1, 0], [0.25, 0.5, 0.75, 1]])
 
 
 @pytest.fixture
@@ -431,7 +471,7 @@ def test_slices_that_do_not_exist_are_errors(spec, problem):
 
 @pytest.mark.parametrize('name', ['cifar10', 'tfds:', 'digits:x', 'folder', 'torch:mnist', ''])
 def test_unknown_names_list_the_kinds(name):
-    with pytest.raises(UserError, match='expected tfds:NAME, folder:PATH, npz:PATH or digits'):
+    with pytest.raises(UserError, match='expected tfds:NAME, folder:PATH, npz:PATH, digits or canvas'):
         datasets.load(name, 'train')
 
 

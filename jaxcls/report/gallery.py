@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jaxcls import datasets, pipeline, runs
+from jaxcls import datasets, explain, pipeline, runs
 from jaxcls import experiment as experiment_lib
 from jaxcls import predictions as predictions_lib
 from jaxcls import workdir as workdir_lib
@@ -15,7 +15,7 @@ from jaxcls.models import MODELS
 from jaxcls.report.page import Section
 from jaxcls.results import Member
 
-MISTAKES, LABEL_ISSUES, FILTERS = 24, 16, 64
+MISTAKES, LABEL_ISSUES, EXPLAINED, FILTERS = 24, 16, 8, 64
 _PIXELS = 192  # of the long side of an image on the page
 _CAPTIONS = (
     'Under each its label, then → what it was taken for, with the probabilities given to both.'
@@ -41,6 +41,12 @@ def sections(member: Member, of: str = '') -> list[Section]:
             f'{of}Another class is as probable as it usually is for images of that class (confident '
             f'learning). Many are only hard; some are wrong labels. {_CAPTIONS}',
             lambda: _examples(member, issues, LABEL_ISSUES, 'No label is suspect.'),
+        ),
+        _section(
+            'What it looked at',
+            f'{of}The first of these mistakes, each with the places that spoke most for the class that it '
+            'was taken for (Grad-CAM).',
+            lambda: _explained(member),
         ),
         _section(
             'First-layer filters',
@@ -110,6 +116,28 @@ def fit(pixels: np.ndarray) -> np.ndarray:
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     resized = np.asarray(image.resize(size, Image.Resampling.LANCZOS))
     return resized.reshape(*resized.shape[:2], pixels.shape[-1])
+
+
+def _explained(member: Member) -> list[dict] | str:
+    if not workdir_lib.has_checkpoints(member.workdir):
+        return 'Not shown: the run has no checkpoint of its own.'
+    predictions = member.predictions
+    chosen = predictions_lib.mistakes(predictions, EXPLAINED)
+    if not len(chosen):
+        return 'It made no mistakes.'
+    reader, explainer = (
+        _reader(member, predictions),
+        explain.make_explainer(runs.open_run(member.workdir)),
+    )
+    images = []
+    for index in chosen:
+        pixels, label = reader(int(index))
+        found = explainer(pixels)
+        shown = explain.overlay(pixels, found.heat['grad_cam'])
+        names = member.data['class_names']
+        caption = f'{names[label]}\n→ {names[found.label]} ({found.probability:.0%})'
+        images.append({'pixels': fit(shown), 'caption': caption})
+    return images
 
 
 def _filters(member: Member) -> list[dict] | str:

@@ -1,0 +1,21 @@
+"""A small residual network on digits placed on a canvas among scraps of others: data with exact boxes.
+
+Run: python -m jaxcls.main --config=experiments/resnet8_canvas.py
+     jaxcls explain runs/resnet8_canvas --methods=grad_cam,cam,saliency,occlusion --examples=200
+"""
+
+from jaxcls import config as config_lib
+
+
+def get_config():
+    config = config_lib.get_config()
+    config.data.name = 'canvas'
+    config.model = {'name': 'resnet20', 'stage_sizes': (1, 1, 1)}
+    config.optimizer = {'name': 'adamw'}
+    config.learning_rate = 0.005
+    config.weight_decay = 0.05
+    config.batch_size = 128
+    config.epochs = 12.0
+    config.warmup_epochs = 1.0
+    config.checkpoint_every_epochs = 4.0
+    return config
