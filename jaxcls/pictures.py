@@ -95,3 +95,49 @@ def sheet(images: np.ndarray, titles: Sequence[str], columns: int = 8) -> Figure
 def _shorten(text: str, limit: int = 24) -> str:
     text = ''.join(c if c.isprintable() else '?' for c in text)
     return text if len(text) <= limit else text[: limit - 1] + '…'
+
+
+def robustness(attacked: dict[str, Any] | None, corrupted: dict[str, Any] | None) -> Figure:
+    """Accuracy against epsilon, as of `robustness.attack_run`, and error by corruption, or one of both."""
+    parts = [
+        (draw, found)
+        for draw, found in ((_attacked, attacked), (_corrupted, corrupted))
+        if found is not None
+    ]
+    figure = Figure(figsize=(5.5 * len(parts), 4.2), layout='constrained')
+    for axes, (draw, found) in zip(
+        figure.subplots(1, len(parts), squeeze=False).flat, parts, strict=True
+    ):
+        draw(axes, found)
+    return figure
+
+
+def _attacked(axes, found: dict[str, Any]):
+    clean = {'epsilon': 0.0, **found['clean']}
+    for name in dict.fromkeys(row['attack'] for row in found['attacks']):
+        rows = [clean, *(row for row in found['attacks'] if row['attack'] == name)]
+        epsilon = [row['epsilon'] for row in rows]
+        low, high = zip(*(row['interval'] for row in rows), strict=True)
+        style = {'color': 'black', 'ls': '--'} if name == 'all' else {}
+        [line] = axes.plot(
+            epsilon, [row['accuracy'] for row in rows], marker='o', ms=3, label=name, **style
+        )
+        axes.fill_between(epsilon, low, high, color=line.get_color(), alpha=0.15, lw=0)
+    axes.set(
+        xlabel=f'epsilon ({found["norm"]}, of pixels in [0, 1])', ylabel='accuracy', ylim=(0, 1)
+    )
+    axes.set_title(f'{found["examples"]:,} examples; bands: 95% intervals', fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+
+
+def _corrupted(axes, found: dict[str, Any]):
+    names = [row['kind'].replace('_', ' ') for row in found['kinds']]
+    errors = np.array([row['errors'] for row in found['kinds']])
+    axes.barh(names, errors.mean(1), color=_VALIDATION, alpha=0.4)
+    for severity in range(errors.shape[1]):
+        axes.plot(errors[:, severity], names, '|', color=_VALIDATION)
+    axes.axvline(found['clean_error'], color=_TRAIN, label='clean')
+    axes.invert_yaxis()
+    axes.set(xlabel='error: mean of the severities, and each', xlim=(0, 1))
+    axes.legend(frameon=False)
