@@ -181,10 +181,18 @@ def distillation(
     """
     require(0 < temperature < math.inf, 'temperature', temperature, 'more than 0 and finite')
     require(0 <= alpha <= 1, 'alpha', alpha, 'at least 0 and at most 1')
+    soft = divergence(logits, teacher_logits, temperature=temperature)
+    return alpha * temperature**2 * soft + (1 - alpha) * cross_entropy(logits, target)
+
+
+def divergence(logits: jax.Array, teacher_logits: jax.Array, *, temperature: float) -> jax.Array:
+    """KL(teacher || student) of the softmax at a temperature: [B, K], [B, K] -> [B].
+
+    The teacher gets no gradient.
+    """
     teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits) / temperature)
     student = jax.nn.log_softmax(logits / temperature)
-    divergence = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
-    return alpha * temperature**2 * divergence + (1 - alpha) * cross_entropy(logits, target)
+    return jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
 
 
 LOSSES = {

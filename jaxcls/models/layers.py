@@ -208,7 +208,9 @@ class Conv(nn.Module):
         check_window(x, size, padding, 'convolution')
         initializer = INITIALIZERS[self.kernel_init or style.kernel_init]
         shape = (*size, x.shape[-1] // self.groups, self.features)
-        kernel = self.param('kernel', initializer, shape, style.param_dtype).astype(style.dtype)
+        kernel = self.param('kernel', initializer, shape, style.param_dtype)
+        # Not `astype`, which a kernel in int8 (quantization.py) does not have.
+        kernel = jnp.asarray(kernel, style.dtype)
         x = convolve(x.astype(style.dtype), kernel, self.stride, padding, self.groups)
         if self.use_bias or (self.use_bias is None and style.norm == 'none'):
             bias = self.param('bias', init.zeros, (self.features,), style.param_dtype)

@@ -64,8 +64,8 @@ STEMS = {'small': small_stem, 'large': large_stem, 'deep': deep_stem}
 # convolution. A bottleneck has its stride in the 3x3 (version 1.5), not in the first 1x1 as in He
 # 2015; its 3x3 is grouped in ResNeXt.
 BRANCHES = {
-    'basic': lambda width, _inner, stride, groups: (
-        (width, 3, stride, groups),
+    'basic': lambda width, inner, stride, groups: (
+        (inner, 3, stride, groups),
         (width, 3, 1, groups),
     ),
     'bottleneck': lambda width, inner, stride, groups: (
@@ -117,7 +117,7 @@ SHORTCUTS = {
 class Block(nn.Module):
     """x + branch(x), [B, H, W, C] -> [B, H', W', F], then the activation (He 2015).
 
-    `ResNet` documents the arguments of the same names; `inner` is the width of a bottleneck's 3x3.
+    `ResNet` documents the arguments of the same names; `inner` is the width between the convolutions.
     """
 
     branch: str
@@ -224,7 +224,7 @@ class ResNet(nn.Module):
         (ResNet-D); 'none' has no shortcuts at all (the plain net of He 2015).
       groups: of a bottleneck's 3x3 convolution.
       group_width: channels of a group in stage 1, where they double at each stage as well; 0 shares
-        the stage's width among the groups.
+        the stage's width among the groups. With one group, it is the width inside the blocks.
       squeeze: factor by which squeeze-and-excitation reduces the channels at the end of a branch, to
         8 at least as in timm; 0 is without.
       zero_init_residual: start every block as its shortcut (Goyal 2017).
