@@ -7,7 +7,7 @@ import os
 _PUBLIC = {
     'fit': 'jaxcls.train',
     'evaluate': 'jaxcls.evaluation',
-    'predict': 'jaxcls.serve',
+    'predict': 'jaxcls.classify',
     'get_config': 'jaxcls.config',
     'make_model': 'jaxcls.models',
     'UserError': 'jaxcls.errors',

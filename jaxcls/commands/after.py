@@ -1,4 +1,4 @@
-"""`jaxcls evaluate`, `predict`, `report`, `compare`, `few-shot`, `verify` and `export-weights`."""
+"""`jaxcls evaluate`, `report`, `compare`, `few-shot`, `verify` and `export-weights`."""
 
 import tempfile
 from pathlib import Path
@@ -72,30 +72,6 @@ def _print_seeds(workdir: Path, result):
         if found := result['mean'].get(key):
             half = '' if found['half_width'] is None else f' +- {found["half_width"]:.4f}'
             say(f'  {key:<14} {found["mean"]:.4f}{half}')
-
-
-def _predict_arguments(parser):
-    common.add_run(parser)
-    parser.add_argument('images', nargs='+', type=Path, help='image files')
-    parser.add_argument('--top', type=int, default=5, help='how many classes; default 5')
-    common.add_json(parser)
-
-
-def _run_predict(args) -> int:
-    if args.top < 1:
-        raise UserError(f'--top is {args.top}; it must be at least 1.')
-    common.start()
-    from jaxcls import serve
-
-    results = serve.predict(args.workdir, args.images, args.top, args.checkpoint)
-    if args.json:
-        common.print_json({'images': results})
-        return 0
-    for result in results:
-        say(result['image'])
-        for guess in result['predictions']:
-            say(f'  {guess["probability"]:7.2%}  {guess["class"]}')
-    return 0
 
 
 def _report_arguments(parser):
@@ -249,7 +225,6 @@ COMMANDS = {
         'runs side by side, with tests of the difference',
     ),
     'evaluate': (_evaluate_arguments, _run_evaluate, 'metrics of a run on a split'),
-    'predict': (_predict_arguments, _run_predict, 'the most probable classes of image files'),
     'few-shot': (
         _few_shot_arguments,
         _run_few_shot,

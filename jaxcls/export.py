@@ -1,0 +1,185 @@
+"""A trained run as one file that runs without this package: StableHLO for JAX, or ONNX.
+
+The file takes raw images, uint8 [B, H, W, C] of any B: preprocessing and weights are inside. What it
+returns is compared with the run's own outputs before it is there.
+"""
+
+import importlib.util
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcls import experiment as experiment_lib
+from jaxcls import onnx_graph, pipeline, runs
+from jaxcls.errors import UserError, require
+
+OUTPUTS = ('probabilities', 'logits')
+# Largest difference to the run's own outputs, over the largest of those: by config.precision.
+TOLERANCES = {'float32': 1e-4, 'mixed': 3e-2, 'bfloat16': 3e-2}
+PLATFORMS = ('cpu', 'cuda', 'tpu')
+_PROGRAM, _ABOUT = 'model.stablehlo', 'model.json'
+
+
+def export(
+    workdir: str | Path,
+    path: str | Path,
+    format: str = 'stablehlo',
+    output: str = 'probabilities',
+    images: int = 64,
+    checkpoint: str = 'latest',
+) -> dict[str, Any]:
+    """Writes a run as one file, after comparing it with the run on images of its validation split.
+
+    Args:
+      format: 'stablehlo', a zip archive of `model.stablehlo` (`jax.export`, for CPU, CUDA and TPU) and
+        `model.json`; or 'onnx', with what `model.json` has in its metadata, under 'jaxcls'.
+      output: 'probabilities' (softmax) or 'logits', float32 [B, K].
+      images: how many to compare on.
+
+    Returns:
+      `path`, `format`, `bytes`, `images` and `max_difference`: over the largest output of the run.
+
+    Raises:
+      UserError: no such format or output, a file there already, a package that is missing, an
+        operation that ONNX does not have, or outputs that differ by more than TOLERANCES.
+    """
+    path = Path(path)
+    _check(path, format, output, images)
+    run = runs.open_run(workdir, checkpoint)
+    write, load, _, _ = FORMATS[format]
+    function = _function(run, output)
+    examples = _examples(run, images)
+    partial = path.with_name(f'.{path.name}.partial')
+    try:
+        write(function, run.experiment.image_shape, _about(run, output), partial)
+        difference = _difference(function, load(partial), examples)
+        allowed = TOLERANCES[run.experiment.config.precision]
+        if not difference <= allowed:
+            raise UserError(
+                f'The exported file differs from the run by {difference:.2g} of its largest output on '
+                f'{len(examples)} images, expected at most {allowed:.2g}; nothing was written. Please '
+                f'report it, with the config of {workdir}.'
+            )
+        os.link(partial, path)  # fails where a file has come to be
+    except FileExistsError:
+        raise UserError(_exists(path)) from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return {
+        'path': str(path),
+        'format': format,
+        'bytes': path.stat().st_size,
+        'images': len(examples),
+        'max_difference': difference,
+    }
+
+
+def _check(path: Path, format: str, output: str, images: int):
+    require(format in FORMATS, '--format', format, f'one of {", ".join(FORMATS)}')
+    require(output in OUTPUTS, '--output', output, f'one of {", ".join(OUTPUTS)}')
+    require(images >= 1, '--images', images, 'at least 1')
+    _, _, suffix, packages = FORMATS[format]
+    if path.suffix != suffix:
+        raise UserError(
+            f'{path} must end in {suffix} for --format={format}. '
+            + ', '.join(f'{name} ends in {known[2]}' for name, known in FORMATS.items())
+            + '.'
+        )
+    if path.exists():
+        raise UserError(_exists(path))
+    if not path.parent.is_dir():
+        raise UserError(f'There is no directory {path.parent}. Make it, or choose another file.')
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f'--format={format} needs {" and ".join(missing)}: pip install "jaxcls[export]".'
+        )
+
+
+def _exists(path: Path) -> str:
+    return f'{path} exists already. Remove it, or choose another file.'
+
+
+def _function(run: runs.Run, output: str) -> Callable[[jax.Array], jax.Array]:
+    """uint8 [B, H, W, C] to float32 [B, K], with the weights on the host as constants."""
+    variables = jax.tree.map(np.asarray, jax.device_get(run.variables))
+
+    def function(image):
+        logits = run.experiment.predict(jax.tree.map(jnp.asarray, variables), image)
+        return jax.nn.softmax(logits) if output == 'probabilities' else logits
+
+    return function
+
+
+def _about(run: runs.Run, output: str) -> dict[str, Any]:
+    height, width, channels = run.experiment.image_shape
+    config = run.experiment.config
+    return {
+        'input': {'dtype': 'uint8', 'shape': ['batch', height, width, channels]},
+        'output': {'dtype': 'float32', 'shape': ['batch', len(run.class_names)], 'values': output},
+        'class_names': list(run.class_names),
+        # Of the short side of an image, before it is resized.
+        'crop_fraction': config.data.crop_fraction if config.data.image_size else 1.0,
+        'model': config.model.name,
+        'step': run.step,
+    }
+
+
+def _examples(run: runs.Run, count: int) -> np.ndarray:
+    """The first images of the validation split that can be decoded, uint8 [N, H, W, C]."""
+    config = run.experiment.config
+    split = experiment_lib.load_split(config, config.data.validation)
+    reader = experiment_lib.make_reader(config, split, train=False)
+    found = (pipeline.read(reader, i) for i in range(min(count, len(split.source))))
+    return np.stack([example['image'] for example in found if not example['bad']])
+
+
+def _difference(function: Callable, exported: Callable, examples: np.ndarray) -> float:
+    """The largest difference over the largest value, for all examples at once and the first alone."""
+    ours = np.asarray(jax.jit(function)(examples))
+    theirs = exported(examples)
+    alone = exported(examples[:1])
+    if theirs.shape != ours.shape or alone.shape != ours[:1].shape:
+        return float('inf')
+    gap = max(np.abs(theirs - ours).max(), np.abs(alone - ours[:1]).max())
+    return float(gap / np.abs(ours).max())
+
+
+def _write_stablehlo(function, image_shape, about, path: Path):
+    from jax import export as jax_export
+
+    (batch,) = jax_export.symbolic_shape('batch')
+    image = jax.ShapeDtypeStruct((batch, *image_shape), jnp.uint8)
+    exported = jax_export.export(jax.jit(function), platforms=PLATFORMS)(image)
+    about = {**about, 'jax': jax.__version__, 'platforms': PLATFORMS}
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(_PROGRAM, bytes(exported.serialize()))
+        archive.writestr(_ABOUT, json.dumps(about, indent=1))
+
+
+def _load_stablehlo(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    from jax import export as jax_export
+
+    with zipfile.ZipFile(path) as archive:
+        exported = jax_export.deserialize(bytearray(archive.read(_PROGRAM)))
+    call = jax.jit(exported.call)
+    return lambda images: np.asarray(call(images))
+
+
+def _write_onnx(function, image_shape, about, path: Path):
+    model = onnx_graph.convert(function, image_shape, about['output']['values'])
+    onnx_graph.save(model, {'jaxcls': json.dumps(about)}, path)
+
+
+# name -> (write, load, suffix, the packages that it needs).
+FORMATS = {
+    'stablehlo': (_write_stablehlo, _load_stablehlo, '.zip', ('flatbuffers',)),
+    'onnx': (_write_onnx, onnx_graph.load, '.onnx', ('onnx', 'onnxruntime')),
+}

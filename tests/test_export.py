@@ -1,0 +1,214 @@
+"""Exported files: the run's own outputs, without this package, and never a file that differs."""
+
+import json
+import subprocess
+import sys
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcls import classify, config, datasets, export, fit, make_model, onnx_graph, runs, steps
+from jaxcls.errors import UserError
+
+# What the documentation gives: nothing of this package.
+LOADER = """
+import json, sys, zipfile
+import jax, numpy as np
+from jax import export
+with zipfile.ZipFile(sys.argv[1]) as archive:
+    about = json.loads(archive.read('model.json'))
+    program = export.deserialize(bytearray(archive.read('model.stablehlo')))
+images = np.load(sys.argv[2])
+found = np.asarray(jax.jit(program.call)(images))
+assert not [name for name in sys.modules if name.split('.')[0] in ('jaxcls', 'flax')]
+np.save(sys.argv[3], found)
+print(about['class_names'][found[0].argmax()])
+"""
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp('run')
+    c = config.get_config()
+    c.update({'model': {'name': 'mlp', 'hidden': (16,)}, 'epochs': 2, 'learning_rate': 0.01})
+    fit(c, path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def images():
+    return datasets.load('digits', 'test[:7]').source.images
+
+
+@pytest.fixture(scope='module')
+def expected(run, images):
+    return classify.make_classifier(runs.open_run(run))(images)
+
+
+def test_stablehlo_runs_in_a_process_without_this_package(run, images, expected, tmp_path):
+    result = export.export(run, tmp_path / 'm.zip')
+    assert result['max_difference'] < 1e-6 and result['images'] == 64
+    np.save(tmp_path / 'images.npy', images)
+    (tmp_path / 'load.py').write_text(LOADER)
+    command = [sys.executable, '-I', 'load.py', 'm.zip', 'images.npy', 'out.npy']
+    ran = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    np.testing.assert_allclose(np.load(tmp_path / 'out.npy'), expected, atol=1e-6)
+    assert ran.stdout.strip() == str(expected[0].argmax())
+
+
+def test_a_program_is_for_all_platforms_and_any_batch(run, tmp_path):
+    export.export(run, tmp_path / 'm.zip', output='logits', images=1)
+    with zipfile.ZipFile(tmp_path / 'm.zip') as archive:
+        program = jax.export.deserialize(bytearray(archive.read('model.stablehlo')))
+        about = json.loads(archive.read('model.json'))
+    assert program.platforms == ('cpu', 'cuda', 'tpu')
+    assert [str(d) for d in program.in_avals[0].shape] == ['batch', '8', '8', '1']
+    assert program.in_avals[0].dtype == np.uint8
+    assert about['output'] == {'dtype': 'float32', 'shape': ['batch', 10], 'values': 'logits'}
+
+
+def test_onnx_gives_the_same_in_onnx_runtime_and_names_the_classes(run, images, expected, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    result = export.export(run, tmp_path / 'm.onnx', 'onnx')
+    assert result['max_difference'] < 1e-5
+    session = onnxruntime.InferenceSession(tmp_path / 'm.onnx')
+    found = session.run(['probabilities'], {'image': images})[0]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    about = json.loads(session.get_modelmeta().custom_metadata_map['jaxcls'])
+    assert about['class_names'] == [str(i) for i in range(10)]
+    assert about['input'] == {'dtype': 'uint8', 'shape': ['batch', 8, 8, 1]}
+
+
+@pytest.mark.parametrize(
+    'place, more, message',
+    [
+        ('m.onnx', {}, 'must end in .zip'),
+        ('m.zip', {'format': 'tflite'}, 'it must be one of stablehlo, onnx'),
+        ('m.zip', {'output': 'classes'}, 'it must be one of probabilities, logits'),
+        ('none/m.zip', {}, 'There is no directory'),
+        ('there.zip', {}, 'exists already'),
+    ],
+)
+def test_mistakes_are_named_before_the_work(tmp_path, place, more, message):
+    (tmp_path / 'there.zip').write_text('mine')
+    with pytest.raises(UserError, match=message):
+        export.export('nowhere', tmp_path / place, **more)
+    assert (tmp_path / 'there.zip').read_text() == 'mine'
+
+
+def test_a_file_that_differs_is_not_left(run, tmp_path, monkeypatch):
+    write, load, *rest = export.FORMATS['stablehlo']
+
+    def worse(path):
+        return lambda images: load(path)(images) + 0.01
+
+    monkeypatch.setitem(export.FORMATS, 'stablehlo', (write, worse, *rest))
+    with pytest.raises(UserError, match='differs from the run by 0.01'):
+        export.export(run, tmp_path / 'm.zip')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(export.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(UserError, match=r'needs flatbuffers: pip install "jaxcls\[export\]"'):
+        export.export('nowhere', tmp_path / 'm.zip')
+
+
+def compare(function, shape, tmp_path, rtol=1e-5):
+    """ONNX Runtime's output of a function beside JAX's, for two sizes of batch."""
+    onnx_graph.save(onnx_graph.convert(function, shape), {}, tmp_path / 'f.onnx')
+    run = onnx_graph.load(tmp_path / 'f.onnx')
+    for batch in (1, 5):
+        images = np.random.default_rng(batch).integers(0, 256, (batch, *shape), np.uint8)
+        expected = np.asarray(jax.jit(function)(images))
+        np.testing.assert_allclose(run(images), expected, rtol, rtol * np.abs(expected).max())
+
+
+def f32(x):
+    return x.astype(jnp.float32) / 255 - 0.4
+
+
+OPERATIONS = {
+    'activations': lambda x: sum(
+        f(f32(x)) for f in (jax.nn.elu, jax.nn.gelu, jax.nn.silu, jax.nn.softplus, jnp.tanh, jax.nn.relu6)
+    ),
+    'broadcasts': lambda x: jnp.concatenate(
+        [f32(x), jnp.broadcast_to(jnp.arange(2.0), x.shape), jnp.ones_like(f32(x))], -1
+    ),
+    'even rows': lambda x: f32(x)[:, ::2, 1::3],
+    'one row': lambda x: f32(x)[:, 4],
+    'negative pad': lambda x: jnp.pad(f32(x), ((0, 0), (1, 2), (0, 3), (0, 0)))[:, 2:-1, 1:],
+    'softmax': lambda x: jax.nn.softmax(f32(x).reshape(x.shape[0], -1)),
+    'products': lambda x: jnp.einsum('bhwc,bkwc->bhk', f32(x), f32(x) ** 2),
+    'statistics': lambda x: jax.lax.rsqrt(f32(x).var((1, 2)) + 1e-3) * jnp.max(f32(x), (1, 2)),
+    'a choice': lambda x: jnp.where(f32(x) > 0.1, f32(x), -1.0),
+    'average pool': lambda x: jax.lax.reduce_window(
+        f32(x), 0.0, jax.lax.add, (1, 3, 2, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (0, 1), (0, 0))
+    ),
+    'max pool': lambda x: jax.lax.reduce_window(
+        f32(x), -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (0, 1), (0, 0))
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', OPERATIONS)
+def test_operations_are_those_of_jax(name, tmp_path):
+    pytest.importorskip('onnxruntime')
+    compare(OPERATIONS[name], (9, 9, 2), tmp_path)
+
+
+def test_an_operation_that_onnx_lacks_is_refused_by_name():
+    pytest.importorskip('onnx')
+    with pytest.raises(UserError, match="operation 'sort', which is not written as ONNX"):
+        onnx_graph.convert(lambda x: jnp.sort(f32(x)), (4, 4, 1))
+
+
+def network(name, shape, **fields):
+    model = make_model(name, **fields)
+    like = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, *shape)), train=False)
+    )
+    rng = np.random.default_rng(0)
+    # Variances must be positive, and weights small enough for values to stay in range.
+    draw = {'var': (1, 0.1), 'scale': (1, 0.1)}
+    variables = jax.tree_util.tree_map_with_path(
+        lambda path, x: np.float32(
+            np.abs(rng.normal(*draw.get(path[-1].key, (0, np.prod(x.shape[:-1]) ** -0.5)), x.shape))
+            if path[-1].key in draw
+            else rng.normal(0, np.prod(x.shape[:-1], dtype=float) ** -0.5, x.shape)
+        ),
+        like,
+    )
+    predict = steps.make_predict(model, [0.5], [0.5])
+    return lambda image: predict(variables, image)
+
+
+@pytest.mark.parametrize('name, shape', [('lenet_small', (8, 8, 1)), ('lenet5', (28, 28, 1))])
+def test_networks_are_the_same_in_onnx(name, shape, tmp_path):
+    pytest.importorskip('onnxruntime')
+    compare(network(name, shape), shape, tmp_path, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'name, size',
+    [
+        ('airbench94', 32), ('alexnet_small', 32), ('convnext_tiny', 32), ('dbn', 8), ('densenet_40_12', 32),
+        ('efficientnet_b0', 32), ('googlenet', 64), ('inception_v3', 96), ('lenet5_1998', 32),
+        ('mobilenet_v2', 32), ('mobilenet_v3_small', 32), ('preact_resnet20', 32), ('resnet20', 32),
+        ('resnet50d', 64), ('resnext50_32x4d', 64), ('se_resnet18', 32), ('vgg11_bn', 32), ('vit_ti16', 32),
+    ],
+)  # fmt: skip
+def test_a_network_of_each_family_is_the_same_in_both_formats(name, size, tmp_path):
+    shape = (size, size, 1 if name in ('dbn', 'lenet5_1998') else 3)
+    function = network(name, shape)
+    compare(function, shape, tmp_path, 1e-3)
+    about = {'class_names': []}
+    export.FORMATS['stablehlo'][0](function, shape, about, tmp_path / 'm.zip')
+    images = np.random.default_rng(0).integers(0, 256, (3, *shape), np.uint8)
+    found = export.FORMATS['stablehlo'][1](tmp_path / 'm.zip')(images)
+    expected = np.asarray(jax.jit(function)(images))
+    np.testing.assert_allclose(found, expected, 1e-4, 1e-4 * np.abs(expected).max())
