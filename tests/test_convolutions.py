@@ -71,3 +71,18 @@ def test_the_gradient_of_a_convolution_is_right_in_bfloat16_and_for_many_kernels
     )
     found, expected = (jax.vmap(jax.grad(f))(kernels) for f in (ours, plain))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('shape', [SHAPES[1], SHAPES[5], SHAPES[6]], ids=str)
+def test_the_kernel_gradient_of_each_example_is_that_of_a_batch_of_one(shape):
+    *sizes, stride, padding, groups = shape
+    x, kernel = inputs(*sizes, groups)
+    place = stride, (padding, padding), groups
+
+    def gradient(convolve, x):
+        return jax.grad(lambda kernel: jnp.sin(convolve(x[None], kernel)).sum())(kernel)
+
+    ours = functools.partial(gradient, lambda x, k: convolutions.convolve(x, k, *place))
+    plain = functools.partial(gradient, functools.partial(convolutions._convolution, place))
+    found, expected = jax.jit(jax.vmap(ours))(x), np.stack([plain(row) for row in x])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
