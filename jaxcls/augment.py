@@ -344,6 +344,8 @@ def cutmix(key: Array, batch: Batch, alpha: float = 1.0, probability: float = 1.
     return {**batch, 'image': mixed, 'target': _mix_targets(batch['target'], keep)}
 
 
+# Those that mix examples with each other, targets and all.
+MIXING = ('mixup', 'cutmix')
 AUGMENTATIONS: dict[str, Callable[..., Batch]] = {
     'pad_crop': pad_crop,
     'flip': flip,

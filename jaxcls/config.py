@@ -51,13 +51,14 @@ def get_config() -> ConfigDict:
             'batch_size': 64,
             'precision': 'float32',  # 'bfloat16': all of it; 'mixed': parameters stay float32
             'data': {
-                'name': 'digits',  # tfds:NAME, folder:PATH, npz:PATH or digits
+                'name': 'digits',  # tfds:NAME, folder:PATH, npz:PATH, digits or canvas
                 'dir': '',  # of TFDS; '' is $TFDS_DATA_DIR or ~/tensorflow_datasets
                 'train': 'train',
                 'validation': 'test',  # take 'train[90%:]' to tune, choose or stop early
                 'classes': (),  # (3, 5): only these, relabelled 0 and 1; (): all
                 'per_class': 0,  # training examples of each class, drawn by the seed; 0: all
                 'imbalance': 1.0,  # the largest class over the smallest, a long tail cut by the seed
+                'share': 1.0,  # of those training examples, drawn by the seed
                 'label_noise': 0.0,  # share of training labels redrawn evenly from the other classes
                 'image_size': 0,  # pixels; 0 keeps the size of the data set
                 'crop': 'center',  # 'random_resized': of the full photo, streamed training only
@@ -74,7 +75,9 @@ def get_config() -> ConfigDict:
             'optimizer': {'name': 'adam'},
             'learning_rate': 0.003,
             'schedule': {'name': 'cosine'},
-            'adversary': {'name': 'none'},  # 'pgd', 'trades': trains on adversarial examples
+            'adversary': {
+                'name': 'none'
+            },  # 'fgsm', 'pgd', 'trades': trains on adversarial examples
             'privacy': {'name': 'none'},  # 'dp_sgd': differential privacy
             'teacher': {'name': 'none'},  # 'logits', 'features': learns from a trained run
             'pruning': {'name': 'none'},  # 'magnitude': weights are set to zero on the way
@@ -330,6 +333,7 @@ _RANGES = (
     ('batch_size', 1, 2**24),
     ('data.per_class', 0, 2**31 - 1),
     ('data.imbalance', 1, 1e6),
+    ('data.share', _TINY, 1),
     ('data.label_noise', 0, 1),
     ('data.image_size', 0, 4096),
     ('data.crop_fraction', 0.01, 1.0),

@@ -57,10 +57,25 @@ class Reporter:
             f'{self.total:,} steps of {config.batch_size} on {describe_devices(run.mesh)}, '
             f'in {run.workdir}'
         )
+        if experiment.private:
+            self.print(self.private(experiment))
         if event['step']:
             self.print(f'Resuming after step {event["step"]:,}.')
         if self.console.is_terminal:
             self.progress.start()
+
+    def private(self, experiment) -> str:
+        """The privacy of a run, before it is trained."""
+        plan, planned = experiment.private, experiment.steps(experiment.config.epochs)
+        if not plan.noise_multiplier:
+            return 'Private training without noise: it guarantees nothing.'
+        ends = f'; the budget ends it after {self.total:,} of {planned:,} steps'
+        return (
+            f'Private training: noise multiplier {plan.noise_multiplier:.4g}, batches of '
+            f'{plan.batch_size} on average, at most {plan.rows}; epsilon '
+            f'{plan.epsilon(self.total):.3f} at delta {plan.delta:g} in the end'
+            f'{ends if self.total < planned else ""}.'
+        )
 
     def begin_at(self, step: int, run):
         """What the lines to come need of a run, or of several in one program."""
@@ -138,6 +153,8 @@ class Reporter:
         place = f'step {event["step"]:>{len(str(self.total))}}/{self.total}  epoch {event["epoch"]:7.2f}'
         if 'seed' in event:
             place += f'  seed {event["seed"]}'
+        if event.get('epsilon') is not None:
+            place += f'  epsilon {event["epsilon"]:.3f}'
         return f'{place}  loss {show(event["loss"])}  accuracy {show(event["top1"], "%")}'
 
     def speed(self, event) -> str:
@@ -202,6 +219,9 @@ def result_table(member: results.Member) -> Table:
     if last['top1'] is not None:
         rows['training, last epoch'] = f'loss {last["loss"]:.4f}, accuracy {last["top1"]:.2%}'
         rows['gap in accuracy'] = f'{last["top1"] - summary["top1"]:+.2%} training over validation'
+    if summary.get('epsilon') is not None:
+        delta = member.config.privacy.delta
+        rows['privacy'] = f'epsilon {summary["epsilon"]:.3f} at delta {delta:g}'
     skipped = sum(record['bad_steps'] for record in train)
     if skipped:
         rows['skipped steps'] = f'{skipped} were not finite'

@@ -6,6 +6,7 @@ build on it, so that a run means the same wherever it is opened.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +18,17 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxcls import (
+    adversary,
     augment,
     datasets,
+    distillation,
     estimators,
     losses,
     optimizers,
     pipeline,
+    privacy,
+    pruning,
+    quantization,
     registry,
     schedules,
     sharding,
@@ -40,11 +46,11 @@ TABLES = {
     'optimizer': optimizers.OPTIMIZERS,
     'schedule': schedules.SCHEDULES,
     'augment': augment.AUGMENTATIONS,
-    'adversary': _OFF,
-    'privacy': _OFF,
-    'teacher': _OFF,
-    'pruning': _OFF,
-    'quantization': _OFF,
+    'adversary': adversary.ADVERSARIES,
+    'privacy': privacy.PRIVACIES,
+    'teacher': distillation.TEACHERS,
+    'pruning': pruning.PRUNINGS,
+    'quantization': quantization.QUANTIZATIONS,
 }
 # Names of config.precision to (computation, parameters).
 _DTYPES = {
@@ -68,7 +74,9 @@ class Experiment(NamedTuple):
       train_step: `(state, raw batch) -> (state, sums)`.
       predict: `(variables, uint8 images) -> logits`.
       loss: `(logits, target) -> [B]`.
-      total_steps: of the whole run.
+      total_steps: of the whole run; no more than `config.privacy` allows.
+      teacher: its variables, which every raw batch carries as `teacher`; None without.
+      private: what `config.privacy` means for the run; None without.
     """
 
     config: ConfigDict
@@ -82,6 +90,21 @@ class Experiment(NamedTuple):
     predict: Callable
     loss: Callable
     total_steps: int
+    teacher: Any = None
+    private: privacy.Plan | None = None
+
+    @property
+    def rows(self) -> int:
+        """Of the arrays of a training batch."""
+        return self.private.rows if self.private else self.config.batch_size
+
+    def order(self, seed: int) -> pipeline.Order:
+        """Which examples each training batch of a seed holds."""
+        if self.private:
+            return functools.partial(self.private.order, seed)
+        return functools.partial(
+            pipeline.training_order, seed, self.examples, self.config.batch_size
+        )
 
     def steps(self, epochs: float) -> int:
         """Epochs to steps."""
@@ -99,7 +122,30 @@ def resolve(config: ConfigDict) -> ConfigDict:
     config_lib.complete(config, TABLES)
     augment.make_augment(config.augment)
     losses.make_loss(**config.loss)
+    adversary.make_adversary(**config.adversary)
+    distillation.make_lesson(**config.teacher)
+    pruning.make_pruning(**config.pruning, total_steps=1)
+    if privacy.make_privacy(**config.privacy):
+        _check_private(config)
     return config.lock()
+
+
+def _check_private(config: ConfigDict):
+    """Raises UserError for what privacy does not cover, before anything is built."""
+    model, optimizer = MODELS.get(config.model.name), config.optimizer.name
+    own_start = hasattr(getattr(model, 'func', model), 'start_from_data')
+    mixing = [item['name'] for item in config.augment if item['name'] in augment.MIXING]
+    privacy.refuse([
+        ('model.name', model is None, 'it is no network that is trained by gradients'),
+        ('model.name', own_start, 'it starts from the training examples themselves'),
+        ('augment', mixing, f'{mixing} mixes examples, and each must be clipped alone'),
+        ('teacher.name', config.teacher.name != 'none', 'nothing is known of what the teacher saw'),
+        ('loss.balance', losses.needs_counts(**config.loss), 'it counts the labels, without noise'),
+        ('optimizer.name', optimizer in optimizers.NEED_LOSS, f'{optimizer} reads the loss, without noise'),
+        ('accumulate_steps', config.accumulate_steps > 1, 'privacy.microbatch saves memory in its place'),
+        ('sam_rho', config.sam_rho, 'it would need the gradients of two steps'),
+        ('clip_norm', config.clip_norm, 'privacy.clip_norm clips each example, which is enough'),
+    ])  # fmt: skip
 
 
 def is_baseline(config: ConfigDict) -> bool:
@@ -110,11 +156,12 @@ def is_baseline(config: ConfigDict) -> bool:
 def load_split(config: ConfigDict, split: str) -> datasets.Split:
     """A split of the config's data set and classes, its image size checked.
 
-    What `data.train` names is cut to `data.per_class` and `data.imbalance` and has `data.label_noise`;
-    other splits, slices of it included, are whole and right.
+    What `data.train` names is cut to `data.per_class`, `data.imbalance` and `data.share`, and has
+    `data.label_noise`; other splits, slices of it included, are whole and right.
     """
     data = config.data
-    cut = (data.per_class, data.imbalance, data.label_noise) if split == data.train else ()
+    cut = (data.per_class, data.imbalance, data.label_noise, data.share)
+    cut = cut if split == data.train else ()
     loaded = datasets.load(data.name, split, data.dir, config.seed, data.classes, *cut)
     pipeline.check_size(loaded, data.image_size)
     return loaded
@@ -174,7 +221,9 @@ def _describe_data(
     return described
 
 
-def build_for(config: ConfigDict, data: Mapping[str, Any]) -> Experiment:
+def build_for(
+    config: ConfigDict, data: Mapping[str, Any], teacher: distillation.Teacher | None = None
+) -> Experiment:
     """`build` for data as `open_data` describes them, and a run's data.json."""
     return build(
         config,
@@ -182,6 +231,7 @@ def build_for(config: ConfigDict, data: Mapping[str, Any]) -> Experiment:
         len(data['class_names']),
         data['examples'][config.data.train],
         data.get('class_counts'),
+        teacher=teacher,
     )
 
 
@@ -190,6 +240,43 @@ def make_reader(config: ConfigDict, split: datasets.Split, train: bool) -> pipel
     data = config.data
     crop = data.crop if train else 'center'
     return pipeline.Reader(split, data.image_size, crop, data.crop_fraction, config.seed)
+
+
+def read_image(experiment: Experiment, path: str | Path) -> np.ndarray:
+    """An image file, cropped and resized as in evaluation: uint8 of `image_shape`.
+
+    Raises:
+      UserError: no such file, or no image.
+    """
+    try:
+        encoded = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f'{path} cannot be read: {error.strerror}. Give the path of an image.'
+        ) from None
+    try:
+        return decode_image(experiment, encoded)
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from None
+
+
+def decode_image(experiment: Experiment, encoded: bytes) -> np.ndarray:
+    """`read_image` of a file's content. A run that took images of one size has others resized to it.
+
+    Raises:
+      UserError: no image.
+    """
+    height, width, channels = experiment.image_shape
+    image = datasets.decode(encoded, channels)
+    data = experiment.config.data
+    if not data.image_size and image.shape[:2] == (height, width):
+        return image
+    if height == width:
+        fraction = data.crop_fraction if data.image_size else 1.0
+        box = pipeline.center_box(*image.shape[:2], fraction)
+    else:
+        box = (0, 0, image.shape[1], image.shape[0])
+    return pipeline.resize(image, (height, width), box)
 
 
 def make_feed(
@@ -223,12 +310,14 @@ def build(
     examples: int,
     class_counts: Sequence[int] | None = None,
     change_tx: Callable[[optax.GradientTransformation], Any] = lambda tx: tx,
+    teacher: distillation.Teacher | None = None,
 ) -> Experiment:
     """Composes a resolved config for images of shape (H, W, C), K classes and N training examples.
 
     Args:
       class_counts: training examples of each class, for a loss that is weighted by them.
       change_tx: what becomes of the config's Optax chain: seam 4.
+      teacher: of `config.teacher`, to train with; all else of a run needs none.
 
     Raises:
       UserError: a value that does not fit the model, the data or the length of the run.
@@ -242,7 +331,13 @@ def build(
         num_classes=num_classes, dtype=dtype, param_dtype=param_dtype
     )
     layers = _layers(config, model, image_shape)
+    model = quantization.quantize(model, image_shape, **config.quantization)
     total_steps = config_lib.epoch_steps(config.epochs, examples, config.batch_size)
+    private = privacy.make_privacy(**config.privacy)
+    if private:
+        _check_batch_stats(config, model, image_shape)
+        private = private(examples, config.batch_size, total_steps)
+        total_steps = private.total_steps
     learning_rate = schedules.make_schedule(
         **config.schedule,
         learning_rate=config.learning_rate,
@@ -250,29 +345,37 @@ def build(
         steps_per_epoch=examples / config.batch_size,
         warmup_epochs=config.warmup_epochs,
     )
-    tx = change_tx(
-        optimizers.make_optimizer(
-            **config.optimizer,
-            schedule=learning_rate,
-            weight_decay=config.weight_decay,
-            clip_norm=config.clip_norm,
-            adaptive_clip=config.adaptive_clip,
-            freeze=config.freeze,
-            layer_decay=config.layer_decay,
-            layers=layers,
-        )
+    tx = optimizers.make_optimizer(
+        **config.optimizer,
+        schedule=learning_rate,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        adaptive_clip=config.adaptive_clip,
+        freeze=config.freeze,
+        layer_decay=config.layer_decay,
+        layers=layers,
     )
+    prune = pruning.make_pruning(**config.pruning, total_steps=total_steps, freeze=config.freeze)
+    tx = change_tx(optax.chain(tx, prune) if prune else tx)
     loss = losses.make_loss(**config.loss, class_counts=class_counts)
     gradients = steps.plain_gradients
     if config.accumulate_steps > 1:
         gradients = steps.accumulated_gradients(config.accumulate_steps, gradients)
     if config.sam_rho:
         gradients = steps.sam_gradients(config.sam_rho, gradients)
+    l1, l2 = config.l1, config.l2
+    if private:
+        gradients, l1, l2 = privacy.make_gradients(private, l1, l2), 0.0, 0.0
+    forward = steps.make_float_forward(model, data.mean, data.std)
+    attack, penalty = adversary.make_parts(config.adversary, forward, loss)
+    lesson = distillation.make_lesson(**config.teacher) if teacher else None
+    if lesson:
+        attack = distillation.teach(lesson, teacher, attack)
     train_step = steps.make_train_step(
         steps.make_prepare(
-            augment.make_augment(config.augment), data.mean, data.std, num_classes, dtype
+            augment.make_augment(config.augment), data.mean, data.std, num_classes, dtype, attack
         ),
-        steps.make_objective(model, loss, config.l1, config.l2, config.freeze),
+        steps.make_objective(model, loss, l1, l2, config.freeze, penalty, lesson and lesson.blend),
         gradients,
         tx,
         config.ema_decay,
@@ -280,7 +383,8 @@ def build(
     predict = steps.make_predict(model, data.mean, data.std)
     return Experiment(
         config, tuple(image_shape), num_classes, examples, model, tx, learning_rate, train_step,
-        predict, loss, total_steps,
+        predict, loss, total_steps, teacher.variables if lesson else None,
+        private,
     )  # fmt: skip
 
 
@@ -312,6 +416,17 @@ def _layers(config: ConfigDict, model: nn.Module, image_shape) -> list[str]:
             "'^(?!head)' freezes all but the head."
         )
     return [name for name in order if name in params]
+
+
+def _check_batch_stats(config: ConfigDict, model: nn.Module, image_shape):
+    variables = jax.eval_shape(lambda: _variables(model, image_shape, jax.random.key(0)))
+    # Frozen statistics are no batch's.
+    if variables.get('batch_stats') and getattr(model, 'norm', '') != 'frozen_batch':
+        raise UserError(
+            f'config.privacy does not go with {config.model.name} and its batch norm, which mixes the '
+            'examples of a batch, and each must be clipped alone: set config.model.norm=group where the '
+            'model has that field, or choose another model.'
+        )
 
 
 def _variables(model: nn.Module, image_shape, key: jax.Array) -> dict[str, Any]:
@@ -384,9 +499,22 @@ def abstract_checkpoint(experiment: Experiment, mesh: Mesh) -> tuple[steps.Train
     )
 
 
+def check_rows(experiment: Experiment, mesh: Mesh):
+    """Raises UserError where the padded batches of `config.privacy` do not divide over the devices."""
+    if experiment.private and experiment.rows % mesh.size:
+        raise UserError(
+            f'With config.privacy, batches are padded to {experiment.rows} rows, which do not divide '
+            f'over {mesh.size} devices; use 1, 2, 4 or 8.'
+        )
+
+
 def raw_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a raw batch of `pipeline.Feed`."""
-    size = experiment.config.batch_size
+    size = experiment.rows
     row = {'label': jnp.int32, 'index': jnp.int32, 'epoch': jnp.int32, 'mask': jnp.bool_}
     shapes = {name: jax.ShapeDtypeStruct((size,), dtype) for name, dtype in row.items()}
-    return {**shapes, 'image': jax.ShapeDtypeStruct((size, *experiment.image_shape), jnp.uint8)}
+    shapes['image'] = jax.ShapeDtypeStruct((size, *experiment.image_shape), jnp.uint8)
+    if experiment.teacher is None:
+        return shapes
+    teacher = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), experiment.teacher)
+    return {**shapes, 'teacher': teacher}

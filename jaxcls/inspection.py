@@ -90,7 +90,7 @@ def _shape(config: ConfigDict) -> tuple[tuple[int, int, int], int, int]:
     data = config.data
     info = datasets.describe(
         data.name, data.train, data.dir, config.seed, data.classes, data.per_class,
-        data.imbalance, data.label_noise,
+        data.imbalance, data.label_noise, data.share,
     )  # fmt: skip
     height, width, channels = info.shape
     if not (height or data.image_size):

@@ -211,7 +211,8 @@ def validation_record(
     experiment: experiment_lib.Experiment, step: int, clock: Clock, summary: dict[str, float]
 ) -> dict[str, Any]:
     """The log line of a validation."""
-    return {'kind': 'validation', **_place(experiment, step, clock), **finite(summary)}
+    spent = {'epsilon': experiment.private.epsilon(step)} if experiment.private else {}
+    return {'kind': 'validation', **_place(experiment, step, clock), **finite(summary | spent)}
 
 
 def _place(experiment, step: int, clock: Clock) -> dict[str, Any]:

@@ -108,11 +108,14 @@ def _losses(config: ConfigDict, rates: np.ndarray) -> Iterator[float | None]:
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
     reader, _, data = experiment_lib.open_data(config)
     examples = len(reader.split.source)
-    experiment = experiment_lib.build_for(_rising(config, rates, examples), data)
+    teacher = runs.open_teacher(config, data)
+    experiment = experiment_lib.build_for(_rising(config, rates, examples), data, teacher)
     abstract = experiment_lib.abstract_state(experiment, mesh)
     start = runs.make_start(experiment, abstract, reader, lambda event: None)
-    order = functools.partial(pipeline.training_order, config.seed, examples, config.batch_size)
+    order = experiment.order(config.seed)
     feed = experiment_lib.make_feed(config, reader, order, mesh, len(rates), train=True)
+    if teacher:
+        feed = pipeline.carrying(feed, 'teacher', teacher.variables)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state, data, items):

@@ -106,7 +106,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         command.set_defaults(run=run, command=name)
     args = parser.parse_args(argv)
     args.overrides = overrides
-    if overrides and not hasattr(args, 'config') and args.command not in ('few-shot', 'study'):
+    if (
+        overrides
+        and not hasattr(args, 'config')
+        and args.command not in ('few-shot', 'study', 'compress')
+    ):
         parser.error(f'{args.command} does not take --config fields; leave out {overrides[0][0]!r}')
     return args
 

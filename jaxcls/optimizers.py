@@ -284,6 +284,8 @@ _lamb = functools.partial(optax.lamb, mask=decay_mask)
 _lars = functools.partial(optax.lars, weight_decay_mask=decay_mask, trust_ratio_mask=decay_mask)
 _lion = functools.partial(optax.lion, weight_decay=0.0)
 
+# Those whose steps depend on the value of the loss.
+NEED_LOSS = ('momo', 'momo_adam', 'polyak_sgd')
 # Left out of Optax's: lbfgs (its line search needs one batch's loss many times in a step), sophia
 # (needs Hessian products of the loss), galore (saves memory on the matrices of language models). Names
 # in w are those without it, whose decay is decoupled here, under the names people look for.

@@ -19,7 +19,7 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,17 +64,14 @@ class Feed(NamedTuple):
         [B, H, W, C], `label` int32 [B], `mask` bool [B] (False: padding), `index` int32 [B] (place in
         the split) and `epoch` int32 [B].
       close: ends the worker processes.
+      resident: whether the split lies on the device.
     """
 
     data: Any
     items: Callable[[int, int], Any]
     fetch: Callable[[Any, Any], dict[str, jax.Array]]
     close: Callable[[], None] = lambda: None
-
-    @property
-    def resident(self) -> bool:
-        """Whether the split lies on the device."""
-        return bool(jax.tree.leaves(self.data))
+    resident: bool = False
 
 
 @functools.lru_cache(maxsize=4)
@@ -208,6 +205,21 @@ def center_box(height: int, width: int, fraction: float) -> Box:
     side = min(height, width) * fraction
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
+
+
+def boxes_in_crop(
+    boxes: np.ndarray, sizes: Sequence[tuple[int, int]], fraction: float
+) -> np.ndarray:
+    """Boxes of images as shares of `center_box` of each: [N, 4] top, left, bottom, right.
+
+    What lies outside is cut off; an object that does altogether has a box without area.
+    """
+    moved = []
+    for box, (height, width) in zip(boxes, sizes, strict=True):
+        left, top, right, _ = center_box(height, width, fraction)
+        pixels = box * np.array([height, width, height, width]) - np.array([top, left, top, left])
+        moved.append(np.clip(pixels / (right - left), 0, 1))
+    return np.float32(moved).reshape(-1, 4)
 
 
 def random_box(rng: np.random.Generator, height: int, width: int) -> Box:
@@ -424,7 +436,16 @@ def resident(reader: Reader, order: Order, mesh: Mesh) -> Feed:
     """A feed over a split in device memory: the host sends indices, the program gathers."""
     images, labels, good = load_all(reader)
     data = sharding.put_local((images, labels), sharding.replicated(mesh))
-    return Feed(data, functools.partial(_index_items, _masked(order, good), mesh), _gather)
+    items = functools.partial(_index_items, _masked(order, good), mesh)
+    return Feed(data, items, _gather, resident=True)
+
+
+def carrying(feed: Feed, name: str, arrays: Any) -> Feed:
+    """The feed whose batches have arrays under a name, the same in all: not constants of the program."""
+    return feed._replace(
+        data=(feed.data, arrays),
+        fetch=lambda data, item: {**feed.fetch(data[0], item), name: data[1]},
+    )
 
 
 def _masked(order: Order, good: np.ndarray) -> Order:

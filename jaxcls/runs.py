@@ -5,7 +5,7 @@
 
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxcls import augment, pipeline, sharding, steps, weight_files, weights
+from jaxcls import augment, distillation, pipeline, sharding, steps, weight_files, weights
 from jaxcls import experiment as experiment_lib
 from jaxcls import workdir as workdir_lib
 from jaxcls.errors import UserError
@@ -60,6 +60,31 @@ def open_run(directory: str | Path, checkpoint: str = 'latest') -> Run:
         raise UserError(f'{directory} has no checkpoint yet. Train on: repeat its `jaxcls train`.')
     variables = steps.evaluation_variables(restored.tree[0])
     return Run(experiment, variables, restored.step, tuple(data['class_names']), mesh)
+
+
+def open_teacher(config: ConfigDict, data: Mapping[str, Any]) -> distillation.Teacher | None:
+    """The teacher that a resolved config names, for data as `experiment.open_data` describes them.
+
+    None where there is none, or where it has no say (`alpha` 0).
+
+    Raises:
+      UserError: no run there, or one of other images or classes.
+    """
+    if distillation.make_lesson(**config.teacher) is None:
+        return None
+    workdir = config.teacher.workdir
+    if not workdir:
+        raise UserError(
+            f'config.teacher.name is {config.teacher.name!r} and config.teacher.workdir is empty: give '
+            'the directory of a trained run.'
+        )
+    run = open_run(workdir, config.teacher.checkpoint)
+    ours = (data['image_shape'], data['class_names'])
+    distillation.check_pupil(ours, (run.experiment.image_shape, run.class_names), workdir)
+    theirs = run.experiment.config.data
+    forward = steps.make_float_forward(run.experiment.model, theirs.mean, theirs.std)
+    variables = jax.device_put(run.variables, sharding.replicated(run.mesh))
+    return distillation.Teacher(forward, variables)
 
 
 def open_weights(config: ConfigDict, split: str = '') -> Run:

@@ -57,10 +57,15 @@ def _obstacle(config: ConfigDict) -> str:
         ),
         f'config.model.name={config.model.name}, which is no network,': model is None,
         'training examples drawn by the seed': bool(
-            data.per_class or data.imbalance > 1 or data.label_noise or data.name[:7] == 'folder:'
+            data.per_class
+            or data.imbalance > 1
+            or data.share < 1
+            or data.label_noise
+            or data.name[:7] == 'folder:'
         ),
         'a streamed split': data.pipeline == 'stream' or data.crop == 'random_resized',
         'config.parameters=fsdp': config.parameters != 'replicated',
+        'config.teacher': config.teacher.name != 'none',
     }
     return next((name for name, there in obstacles.items() if there), '')
 
@@ -142,6 +147,7 @@ def fit_together(
             'The split is too large to lie on the device; set config.seeds_per_program=1.'
         )
     experiment = experiment_lib.build_for(config, data)
+    experiment_lib.check_rows(experiment, mesh)
     like = stack_shapes(experiment_lib.abstract_checkpoint(experiment, mesh), len(members))
     directory = _directory(members, workdir)
     with contextlib.ExitStack() as stack:
@@ -166,9 +172,7 @@ def fit_together(
             restored.tree if restored else (_initial_state(experiment, configs, like[0]), zeros())
         )
         examples, bad_steps = jax.device_get((tree[1]['examples'], tree[0].bad_steps))
-        order = functools.partial(
-            orders, [c.seed for c in configs], experiment.examples, config.batch_size
-        )
+        order = functools.partial(orders, [experiment.order(c.seed) for c in configs])
         feed = pipeline.resident(reader, order, mesh)
         many = _Many(
             members=members,
@@ -199,9 +203,9 @@ def stack_shapes(like, count: int):
     )
 
 
-def orders(seeds: list[int], examples: int, batch_size: int, step: int) -> dict[str, np.ndarray]:
-    """`pipeline.training_order` of each seed, stacked: [seeds, B]."""
-    found = [pipeline.training_order(seed, examples, batch_size, step) for seed in seeds]
+def orders(each: list[pipeline.Order], step: int) -> dict[str, np.ndarray]:
+    """The order of each seed, stacked: [seeds, B]."""
+    found = [order(step) for order in each]
     return {key: np.stack([order[key] for order in found]) for key in found[0]}
 
 

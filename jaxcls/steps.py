@@ -13,7 +13,7 @@ import optax
 from flax import linen as nn
 from flax import struct
 
-from jaxcls import augment, losses, metrics, optimizers
+from jaxcls import augment, losses, metrics, optimizers, pruning
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -64,26 +64,44 @@ def _wide(tree):
 
 
 def make_prepare(
-    augmentation: Callable, mean: Sequence[float], std: Sequence[float], num_classes: int, dtype
+    augmentation: Callable,
+    mean: Sequence[float],
+    std: Sequence[float],
+    num_classes: int,
+    dtype,
+    attack: Callable[[jax.Array, Batch, TrainState], Batch] | None = None,
 ) -> Callable[[jax.Array, Batch, TrainState | None], Batch]:
     """Seam 1. `prepare(key, batch, state)` augments and normalises a raw batch.
 
     The result has `image` of `dtype` [B, H, W, C], `target` float32 [B, K] (soft labels), `label` int32 [B],
-    `mask` bool [B].
+    `mask` bool [B]. In between, `attack(key, batch, state)` replaces the augmented images, or adds
+    `adversarial` ones, which are normalised alike.
     """
 
-    def prepare(key, batch, _state):
+    def prepare(key, batch, state):
         target = jax.nn.one_hot(batch['label'], num_classes, dtype=jnp.float32)
         batch = {**batch, 'image': augment.to_float(batch['image']), 'target': target}
         batch = augmentation(key, batch)
-        image = augment.normalize(batch['image'], mean, std).astype(dtype)
-        return {**batch, 'image': image}
+        if attack:
+            batch = attack(jax.random.fold_in(key, 1), batch, state)
+        images = {
+            name: augment.normalize(batch[name], mean, std).astype(dtype)
+            for name in ('image', 'adversarial')
+            if name in batch
+        }
+        return {**batch, **images}
 
     return prepare
 
 
 def make_objective(
-    model: nn.Module, loss: Callable, l1: float = 0.0, l2: float = 0.0, freeze: str = ''
+    model: nn.Module,
+    loss: Callable,
+    l1: float = 0.0,
+    l2: float = 0.0,
+    freeze: str = '',
+    penalty: Callable | None = None,
+    blend: Callable | None = None,
 ) -> Callable:
     """Seam 2. `objective(params, batch_stats, batch, key) -> (loss, aux)`.
 
@@ -91,6 +109,10 @@ def make_objective(
     that of each auxiliary head of a model that has them (features 'aux_logits...'). `aux` holds the
     new `batch_stats` and the masked `sums` to log, which are of the main head alone. Parameters that
     `freeze` names (`optimizers.frozen_mask`) have no gradient, and cost none.
+
+    `penalty(apply, logits, batch_stats, batch) -> ([B], batch_stats)` is added to the loss of the
+    examples; `apply(image, batch_stats) -> ((logits, features), updates)` is the network. Before,
+    `blend(values, logits, features, batch) -> [B]` may change it (distillation).
     """
 
     def objective(params, batch_stats, batch, key):
@@ -98,22 +120,32 @@ def make_objective(
             frozen = optimizers.frozen_mask(params, freeze)
             stop = jax.lax.stop_gradient
             params = jax.tree.map(lambda p, fixed: stop(p) if fixed else p, params, frozen)
-        (logits, features), updates = model.apply(
-            {'params': params, 'batch_stats': batch_stats},
-            batch['image'],
-            train=True,
-            rngs={'dropout': key},
-            mutable=['batch_stats'],
-        )
+
+        def apply(image, batch_stats):
+            return model.apply(
+                {'params': params, 'batch_stats': batch_stats},
+                image,
+                train=True,
+                rngs={'dropout': key},
+                mutable=['batch_stats'],
+            )
+
+        (logits, features), updates = apply(batch['image'], batch_stats)
+        batch_stats = updates.get('batch_stats', {})
         values = loss(logits, batch['target'])
         sums = metrics.batch_sums(logits, batch['label'], values, batch['mask'])
         for name, aux_logits in features.items():
             if name.startswith('aux_logits'):
                 values = values + model.aux_weight * loss(aux_logits, batch['target'])
+        if blend:
+            values = blend(values, logits, features, batch)
+        if penalty:
+            more, batch_stats = penalty(apply, logits, batch_stats, batch)
+            values = values + more
         mean = losses.masked_mean(values, batch['mask'])
         if l1 or l2:
             mean = mean + optimizers.penalty(params, l1, l2)
-        return mean, {'batch_stats': updates.get('batch_stats', {}), 'sums': sums}
+        return mean, {'batch_stats': batch_stats, 'sums': sums}
 
     return objective
 
@@ -255,14 +287,23 @@ def make_run_steps(train_step: Callable, fetch: Callable) -> Callable:
     return run_steps
 
 
-def make_forward(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Callable:
-    """`forward(variables, image) -> (logits, features)` of uint8 [B, H, W, C], in evaluation mode."""
+def make_float_forward(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Callable:
+    """`forward(variables, image) -> (logits, features)`, in evaluation mode.
+
+    The image is float [B, H, W, C] in [0, 1], to take gradients by it.
+    """
 
     def forward(variables, image):
-        image = augment.normalize(augment.to_float(image), mean, std).astype(model.dtype)
+        image = augment.normalize(image, mean, std).astype(model.dtype)
         return model.apply(variables, image, train=False)
 
     return forward
+
+
+def make_forward(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Callable:
+    """`make_float_forward` of uint8 [B, H, W, C]."""
+    forward = make_float_forward(model, mean, std)
+    return lambda variables, image: forward(variables, augment.to_float(image))
 
 
 def make_predict(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Callable:
@@ -274,4 +315,5 @@ def make_predict(model: nn.Module, mean: Sequence[float], std: Sequence[float]) 
 def evaluation_variables(state: TrainState) -> dict[str, Any]:
     """What to evaluate with: the moving average where there is one, else the parameters."""
     params = state.ema or optimizers.evaluation_params(state.opt_state, state.params)
+    params = pruning.masked(state.opt_state, params)
     return {'params': params, 'batch_stats': state.batch_stats}

@@ -6,7 +6,6 @@ a run that is killed anywhere resumes to the same bits and the same log.
 """
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -81,7 +80,9 @@ def fit(
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
     reader, validation, data = experiment_lib.open_data(config)
-    experiment = experiment_lib.build_for(config, data)
+    teacher = runs.open_teacher(config, data)
+    experiment = experiment_lib.build_for(config, data, teacher)
+    experiment_lib.check_rows(experiment, mesh)
     like = experiment_lib.abstract_checkpoint(experiment, mesh)  # traces the whole step
     start = None
     if not workdir_lib.has_checkpoints(workdir):
@@ -128,10 +129,11 @@ def fit(
 
 def _training_feed(experiment, reader: pipeline.Reader, mesh) -> pipeline.Feed:
     config = experiment.config
-    order = functools.partial(
-        pipeline.training_order, config.seed, experiment.examples, config.batch_size
-    )
-    return experiment_lib.make_feed(config, reader, order, mesh, experiment.total_steps, train=True)
+    order = experiment.order(config.seed)
+    feed = experiment_lib.make_feed(config, reader, order, mesh, experiment.total_steps, train=True)
+    if experiment.teacher is None:
+        return feed
+    return pipeline.carrying(feed, 'teacher', experiment.teacher)
 
 
 def _train(run: _Run, restored, start, history, until_epoch):

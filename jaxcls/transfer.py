@@ -116,7 +116,7 @@ def few_shot(
     run = runs.open_run(workdir, checkpoint)
     config = ConfigDict(run.experiment.config.to_dict())
     config_lib.apply_overrides(config, overrides, experiment_lib.TABLES)
-    config.data.update(per_class=0, imbalance=1.0, label_noise=0.0)
+    config.data.update(per_class=0, imbalance=1.0, share=1.0, label_noise=0.0)
     config = experiment_lib.resolve(config)
     validation = experiment_lib.load_split(config, config.data.validation)
     train = experiment_lib.load_split(config, config.data.train)

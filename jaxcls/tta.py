@@ -19,8 +19,6 @@ from jaxcls.errors import UserError
 View = Callable[[jax.Array], jax.Array]
 
 MAX_VIEWS = 64
-# Augmentations that mix examples with each other, targets and all: no views of one image.
-MIXING = ('mixup', 'cutmix')
 
 
 def _same(image: jax.Array) -> jax.Array:
@@ -66,7 +64,7 @@ def make_views(
       spec: a name of VIEWS: 'none'; 'flip' (the image and its mirror image); 'shift' (the image, and
         moved up, down, left and right by a pixel, by 2 from 64 pixels on); 'flip_shift' (these five
         and their mirror images). Or a number N, such as '16', at most MAX_VIEWS: the image, and N - 1
-        draws of the run's own `config.augment` without what mixes examples (MIXING). A draw is the
+        draws of the run's own `config.augment` without what mixes examples (`augment.MIXING`). A draw is the
         same for all images, so that batches and their padding have no say.
       seed: of the draws. Those of a smaller number are among those of a larger one.
 
@@ -80,7 +78,7 @@ def make_views(
     if spec in VIEWS or int(spec) == 1:
         fixed = VIEWS.get(spec, VIEWS['none'])
         return lambda image: jnp.stack([view(image) for view in fixed])
-    own = [item for item in experiment.config.augment if item['name'] not in MIXING]
+    own = [item for item in experiment.config.augment if item['name'] not in augment.MIXING]
     if not own:
         raise UserError(
             f'--tta={spec} draws from the augmentation of the run, config.augment, which has none that '

@@ -18,27 +18,32 @@ FLOORS = [
         'augment',
     }
     | {'sources', 'download', 'prepare', 'loaders', 'datasets', 'pipeline', 'sharding', 'workdir'}
-    | {'models', 'weight_files', 'estimators', 'pictures'},
-    {'steps', 'weights', 'results'},
-    {'experiment'},
-    {'runs', 'tta', 'propagation', 'verify'},
-    {'evaluation', 'inspection', 'serve', 'transfer', 'lr_find', 'loop', 'report'},
-    {'baselines'},
+    | {'pruning', 'quantization', 'distillation'}
+    | {'models', 'weight_files', 'estimators', 'pictures', 'onnx_graph', 'attributions', 'attacks'}
+    | {'filters', 'jpeg', 'corruptions'},
+    {'steps', 'weights', 'results', 'adversary', 'privacy'},
+    {'experiment', 'channels', 'low_rank'},
+    {'runs', 'tta', 'propagation', 'verify', 'explain'},
+    {'evaluation', 'membership', 'inspection', 'classify', 'export', 'transfer', 'lr_find', 'loop'}
+    | {'report', 'robustness'},
+    {'baselines', 'serving', 'footprint'},
     {'train', 'seeds'},
-    {'sweep'},
+    {'sweep', 'compress'},
     {'study'},
     {'console', 'commands', 'main'},
 ]
 # On these floors modules are a chain; these are its allowed links.
 WITHIN = {
     ('config', 'registry'), ('config', 'errors'), ('registry', 'errors'),
-    ('augment', 'image_ops'), ('optimizers', 'schedules'),
+    ('augment', 'image_ops'), ('corruptions', 'image_ops'), ('corruptions', 'jpeg'),
+    ('corruptions', 'filters'), ('jpeg', 'filters'), ('pruning', 'optimizers'), ('quantization', 'models'),
+    ('distillation', 'losses'), ('optimizers', 'schedules'),
     ('prepare', 'download'), ('loaders', 'prepare'), ('loaders', 'sources'), ('datasets', 'loaders'),
     ('datasets', 'sources'), ('pipeline', 'datasets'), ('pipeline', 'sources'), ('pipeline', 'sharding'),
     ('predictions', 'metrics'), ('predictions', 'intervals'), ('weight_files', 'download'),
-    ('main', 'commands'), ('commands', 'console'),
+    ('explain', 'runs'), ('membership', 'evaluation'), ('main', 'commands'), ('commands', 'console'),
 }  # fmt: skip
-PACKAGES = ('report', 'commands')  # on one floor each
+PACKAGES = ('report', 'commands', 'serving')  # on one floor each
 ROOT = Path(jaxcls.__file__).parent
 
 

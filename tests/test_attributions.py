@@ -10,6 +10,10 @@ from jaxcls.errors import UserError
 from jaxcls.models import make_model
 
 SHAPE, LABEL = (8, 8, 3), 2
+SMALL = {
+    'lenet_small': {'activation': 'tanh', 'pool': 'avg'},
+    'vit_ti16': {'depth': 1, 'width': 12, 'heads': 2, 'patch_size': 4},
+}
 
 
 def weights():
@@ -135,10 +139,9 @@ def test_cam_is_grad_cam_times_the_size_of_the_maps(network, image):
     np.testing.assert_allclose(cam, 64 * grad_cam, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize('name', ['lenet_small', 'vit_ti16'])
+@pytest.mark.parametrize('name', SMALL)
 def test_a_feature_on_the_way_has_the_gradient_that_a_finite_difference_finds(name):
-    small = {'lenet_small': {'activation': 'tanh', 'pool': 'avg'}, 'vit_ti16': {'depth': 1, 'width': 12, 'heads': 2, 'patch_size': 4}}
-    model = make_model(name, num_classes=3, **small[name])
+    model = make_model(name, num_classes=3, **SMALL[name])
     image = np.random.default_rng(3).random((1, 8, 8, 1), np.float32)
     variables = model.init(jax.random.key(0), jnp.asarray(image))
 

@@ -471,7 +471,9 @@ def test_slices_that_do_not_exist_are_errors(spec, problem):
 
 @pytest.mark.parametrize('name', ['cifar10', 'tfds:', 'digits:x', 'folder', 'torch:mnist', ''])
 def test_unknown_names_list_the_kinds(name):
-    with pytest.raises(UserError, match='expected tfds:NAME, folder:PATH, npz:PATH, digits or canvas'):
+    with pytest.raises(
+        UserError, match='expected tfds:NAME, folder:PATH, npz:PATH, digits or canvas'
+    ):
         datasets.load(name, 'train')
 
 

@@ -4,7 +4,16 @@ A command is `name: (add_arguments, run, help)` in the COMMANDS of a module here
 the exit status.
 """
 
-from jaxcls.commands import after, look, training
+from jaxcls.commands import after, attack, audit, compress, explain, look, training, use
 
 TRAIN_HELP = training.TRAIN_HELP
-COMMANDS = training.COMMANDS | after.COMMANDS | look.COMMANDS
+COMMANDS = (
+    training.COMMANDS
+    | after.COMMANDS
+    | attack.COMMANDS
+    | audit.COMMANDS
+    | compress.COMMANDS
+    | explain.COMMANDS
+    | look.COMMANDS
+    | use.COMMANDS
+)
