@@ -16,7 +16,7 @@ from jaxcls import config as base
 
 def get_config():
     config = base.get_config()
-    config.epochs = 6.0
+    config.epochs = 3.0
     config.batch_size = 128
     config.data.name = 'tfds:mnist'
     config.data.mean = (0.0,)

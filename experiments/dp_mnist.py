@@ -34,7 +34,7 @@ def get_config():
         'kernel_init': 'glorot_uniform',
     }
     config.optimizer = {'name': 'sgd', 'momentum': 0.9}
-    config.learning_rate = 1.0
+    config.learning_rate = 2.0
     config.schedule = {'name': 'linear'}
     config.privacy = {'name': 'dp_sgd', 'clip_norm': 0.1, 'epsilon': 3.0, 'delta': 1e-5}
     config.checkpoint_every_epochs = 5.0

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path
 
 from jaxcls.commands import COMMANDS, TRAIN_HELP
 from jaxcls.errors import UserError
@@ -104,7 +105,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         )
         add_arguments(command)
         command.set_defaults(run=run, command=name)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and hasattr(args, 'images') and not any(word.startswith('-') for word in rest):
+        # argparse ends a list that may be empty at the first option.
+        args.images, rest = [*args.images, *map(Path, rest)], []
+    if rest:
+        parser.error(f'unrecognized arguments: {" ".join(rest)}')
     args.overrides = overrides
     if (
         overrides

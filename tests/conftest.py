@@ -8,14 +8,16 @@ import jax
 import pytest
 
 from jaxcls import results, sharding
+from jaxcls.commands import common
 
 jax.config.update('jax_num_cpu_devices', 8)
 
 
 @pytest.fixture(scope='session', autouse=True)
-def compile_once(tmp_path_factory):
-    """Many tests train the same small nets: a program is compiled once a session."""
-    jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('programs')))
+def compile_once(pytestconfig):
+    """A program is compiled once, for all workers and for later sessions too: half of the time."""
+    jax.config.update('jax_compilation_cache_dir', str(pytestconfig.cache.mkdir('programs')))
+    jax.config.update('jax_compilation_cache_max_size', 2**31)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
@@ -28,6 +30,22 @@ def one_device():
             sharding, 'make_mesh', lambda devices=None: make_mesh(devices or jax.devices()[:1])
         )
         yield
+
+
+@pytest.fixture(scope='session', autouse=True)
+def no_start():
+    """Commands do not touch the process: no cache of compiled programs, no warnings format."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, 'start', lambda: None)
+        yield
+
+
+@pytest.fixture(scope='module')
+def quick_compiling():
+    """For files in which it is compiling that takes time, most of it that of random numbers."""
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)
 
 
 @pytest.fixture(scope='session', autouse=True)

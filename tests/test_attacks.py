@@ -13,16 +13,10 @@ from jaxcls import attacks, metrics
 from jaxcls.errors import UserError
 from jaxcls.models import make_model
 
+pytestmark = pytest.mark.usefixtures('quick_compiling')
+
 COUNT = 400
 quick = {'xla_backend_optimization_level': 0}  # random numbers take seconds to compile
-
-
-@pytest.fixture(scope='module', autouse=True)
-def quick_compiling():
-    """Here it is compiling that takes time, most of it that of random numbers."""
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
 
 
 @pytest.fixture(scope='module')

@@ -8,15 +8,7 @@ import pytest
 from PIL import Image
 
 from jaxcls import classify, config, datasets, fit, main, predict, runs
-from jaxcls.commands import common
 from jaxcls.errors import UserError
-
-
-@pytest.fixture(scope='module', autouse=True)
-def no_start():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, 'start', lambda: None)
-        yield
 
 
 @pytest.fixture(scope='module')

@@ -11,7 +11,6 @@ import pytest
 
 from jaxcls import compress, evaluate, fit, footprint, main, pruning, runs, workdir
 from jaxcls import config as config_lib
-from jaxcls.commands import common
 from jaxcls.errors import UserError
 
 pytest.importorskip('qwix')
@@ -32,7 +31,6 @@ def found(run, tmp_path_factory):
     methods = ['magnitude:0.8', 'channels:0.5', 'channels:0.5+int8']
     text = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, 'start', lambda: None)
         patch.setattr('sys.stdout', text)
         status = main.main(
             ['compress', str(run), '--json', '--epochs=3', '--distill', '--rounds=2', f'--out={out}/runs',

@@ -12,6 +12,8 @@ from scipy import ndimage
 from jaxcls import attacks, corruptions, filters, jpeg
 from jaxcls.errors import UserError
 
+pytestmark = pytest.mark.usefixtures('quick_compiling')
+
 NAMES = list(corruptions.CORRUPTIONS)
 RANDOM = {
     'gaussian_noise', 'shot_noise', 'impulse_noise', 'glass_blur', 'motion_blur', 'snow', 'frost',
@@ -43,14 +45,6 @@ def corrupt(kind, severity, image, keys_=None):
 
 IMAGE = photo()
 FLOAT = IMAGE.astype(np.float32) / 255
-
-
-@pytest.fixture(scope='module', autouse=True)
-def quick_compiling():
-    """Here it is compiling that takes time, most of it that of random numbers."""
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
 
 
 @pytest.fixture(scope='module')

@@ -16,6 +16,7 @@ STUDIES = sorted((Path(__file__).parent.parent / 'experiments' / 'studies').glob
 # What their data sets look like: image shape, classes, training examples.
 DATA = {
     'digits': ((8, 8, 1), 10, 1_437),
+    'canvas': ((40, 40, 1), 10, 5_748),
     'tfds:mnist': ((28, 28, 1), 10, 60_000),
     'tfds:cifar10': ((32, 32, 3), 10, 50_000),
     'tfds:imagenet2012': ((224, 224, 3), 1000, 1_281_167),

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxcls import attributions, config, datasets, explain, main, train
+from jaxcls import attributions, config, datasets, explain, main, results, train
 from jaxcls.errors import UserError
+from jaxcls.report import gallery
 
 
 @pytest.fixture(scope='module')
@@ -114,8 +115,7 @@ def test_measured_methods_beat_noise(run):
     assert found['boxes']['grad_cam']['iou'] > found['boxes']['random']['iou']
 
 
-def test_explains_files(run, image, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr('jaxcls.commands.common.start', lambda: None)
+def test_explains_files(run, image, tmp_path, capsys):
     picture = tmp_path / 'why.png'
     arguments = ['explain', str(run), str(image), '--methods=grad_cam,integrated_gradients']
     assert main.main([*arguments, f'--picture={picture}', '--json']) == 0
@@ -146,3 +146,11 @@ def test_an_overlay_is_a_colour_picture(run):
 def test_mistakes(run, image, options, message):
     with pytest.raises(UserError, match=message):
         explain.explain(run, [image], **options)
+
+
+def test_the_report_shows_where_mistakes_were_seen(run):
+    [member] = results.read(run).members
+    titles = {section['title']: section for section in gallery.sections(member)}
+    shown = titles['What it looked at']['images']
+    assert 1 <= len(shown) <= gallery.EXPLAINED and shown[0]['pixels'].shape == (40, 40, 3)
+    assert '→' in shown[0]['caption']

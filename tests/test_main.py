@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from jaxcls import main, predict, workdir
-from jaxcls.commands import common
 
 TRAIN = [
     '--config.epochs=3', '--config.model.name=mlp', '--config.model.hidden=(16,)',
@@ -18,16 +17,8 @@ TRAIN = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope='module', autouse=True)
-def no_start():
-    """Commands do not touch the process: no cache of compiled programs, no warnings format."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, 'start', lambda: None)
-        yield
-
-
 @pytest.fixture(scope='module')
-def run(no_start, tmp_path_factory):
+def run(tmp_path_factory):
     path = tmp_path_factory.mktemp('command') / 'run'
     assert main.main([f'--workdir={path}', *TRAIN]) == 0
     return path

@@ -2,31 +2,15 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
 from jaxcls import config as config_lib
 from jaxcls import corruptions, evaluation, fit, robustness, runs
-from jaxcls.commands import common
 from jaxcls.errors import UserError
 from jaxcls.main import main
 
-
-@pytest.fixture(scope='module', autouse=True)
-def quick_compiling():
-    """Here it is compiling that takes time, most of it that of random numbers."""
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def no_start():
-    """Commands do not touch the process: no cache of compiled programs, no warnings format."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, 'start', lambda: None)
-        yield
+pytestmark = pytest.mark.usefixtures('quick_compiling')
 
 
 @pytest.fixture(scope='module')

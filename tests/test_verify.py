@@ -46,6 +46,7 @@ def test_differences_name_the_record_and_the_array(run, tmp_path):
     assert verify.differences(run, copy)[1:] == [name]
 
 
+@pytest.mark.slow  # rows 1 and 3 of the faults do the same in other ways
 def test_a_short_run_that_is_killed_resumes_exactly(tmp_path):
     config = config_lib.get_config()
     config.model, config.data.train = {'name': 'linear'}, 'train[:100]'

@@ -29,8 +29,9 @@ FIELDS = {
     'checkpoint_every_epochs': '0.5',
     'validate_every_epochs': '1',
 }
-# Programs are compiled once for all runs.
-_CACHE = tempfile.TemporaryDirectory(prefix='jaxcls-faults-')
+# Programs are compiled once for all runs; in tests, for all sessions.
+_OWN = tempfile.TemporaryDirectory(prefix='jaxcls-faults-')
+CACHE = Path(_OWN.name)
 
 
 def command(directory: Path, *words: str, **fields: str) -> list[str]:
@@ -42,7 +43,7 @@ def command(directory: Path, *words: str, **fields: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Of a run: one device, and programs that are compiled once."""
-    more = {'JAXCLS_CACHE': _CACHE.name, 'JAX_NUM_CPU_DEVICES': '1', 'PYTHONUNBUFFERED': '1'}
+    more = {'JAXCLS_CACHE': str(CACHE), 'JAX_NUM_CPU_DEVICES': '1', 'PYTHONUNBUFFERED': '1'}
     return {**os.environ, **more, 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
 
 
@@ -79,7 +80,7 @@ def whole(directory: Path, **fields: str) -> Path:
 def reference() -> tuple[Path, float]:
     """The small run, left alone, once for all rows, and the seconds that it took."""
     begin = time.monotonic()
-    return whole(Path(_CACHE.name) / 'reference'), time.monotonic() - begin
+    return whole(Path(_OWN.name) / 'reference'), time.monotonic() - begin
 
 
 def kill(process: subprocess.Popen):

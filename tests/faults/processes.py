@@ -162,9 +162,12 @@ def _finish(path: Path) -> int:
 def lost(count: int, seed: int, directory: Path) -> str:
     """One of two processes is killed, anywhere or while the other waits for it; the other says so.
 
-    Then both go on, and, where it is done more than once, a copy of the run as one process.
+    Where it is done more than once, both go on, and a copy of the run as one process.
     """
     random_, begin = random.Random(seed), time.monotonic()
+    if count == 1:
+        killed = _kill(directory / 'run', seed % 2, 'blocked', 0, random_)
+        return f'1 kill, told in {killed.seconds:.1f} s'
     whole = directory / 'whole'
     assert _finish(whole) == 0
     seconds, i, slowest, resumed = time.monotonic() - begin, 0, 0.0, []
@@ -181,14 +184,12 @@ def lost(count: int, seed: int, directory: Path) -> str:
         resumed.append(_finish(path))
         launch.assert_same(whole, path)
         assert _bits(_restored(whole)) == _bits(_restored(path))
-        if count > 1:
-            _go_on_alone(alone, resumed[-1], whole)
-    if count > 1:
-        _never_starts(directory / 'unused')
+        _go_on_alone(alone, resumed[-1], whole)
+    _never_starts(directory / 'unused')
     steps = ', '.join(map(str, resumed))
-    alone = ', one alone goes on from there too' if count > 1 else ''
     return (
-        f'{count} kills, told in {slowest:.1f} s; both go on from {steps} to the same bits{alone}'
+        f'{count} kills, told in {slowest:.1f} s; both go on from {steps} to the same bits, and one '
+        'alone too'
     )
 
 

@@ -2,7 +2,15 @@
 
 import pytest
 
+from . import launch
 from .table import ROWS
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled_once(pytestconfig):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, 'CACHE', pytestconfig.cache.mkdir('faults'))
+        yield
 
 
 @pytest.mark.parametrize('row', ROWS, ids=lambda row: f'{row.number}-{row.check.__name__}')
