@@ -6,10 +6,8 @@ The server is a process of its own, and so are the clients, who share the machin
 soon as it is answered, on a connection that it keeps. Images are PNGs of the run's validation split; without
 --workdir the run is the digits', trained first. Two warm-up seconds are not counted.
 
-Measured on 2 cores of a virtual machine beside much other work (load 12 to 14), so read the order and not the
-digits: lenet_small on the digits 460 answers a second to 1 client (p50 2.0 ms, p99 11 ms), 459 to 8 (16 and
-36 ms), 841 to 64 (57 and 476 ms); ResNet-20 on CIFAR-10 109 (8.3 and 22 ms), 118 (74 and 123 ms) and 177
-(332 and 964 ms), and with --max-batch=1 107, 188 and 140.
+Measured on 2 cores of a virtual machine, lenet_small on the digits: 630 answers a second to 1 client (p50 1.5
+ms, p99 2.1 ms), 1,023 to 8 (7.8 and 12 ms), 1,255 to 64 (44 and 193 ms); with --max-batch=1 656, 718 and 701.
 """
 
 import argparse
