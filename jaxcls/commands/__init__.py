@@ -9,11 +9,11 @@ from jaxcls.commands import after, attack, audit, compress, explain, look, train
 TRAIN_HELP = training.TRAIN_HELP
 COMMANDS = (
     training.COMMANDS
+    | look.COMMANDS
     | after.COMMANDS
+    | use.COMMANDS
+    | explain.COMMANDS
     | attack.COMMANDS
     | audit.COMMANDS
     | compress.COMMANDS
-    | explain.COMMANDS
-    | look.COMMANDS
-    | use.COMMANDS
 )
