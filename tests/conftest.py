@@ -17,7 +17,6 @@ jax.config.update('jax_num_cpu_devices', 8)
 def compile_once(pytestconfig):
     """A program is compiled once, for all workers and for later sessions too: half of the time."""
     jax.config.update('jax_compilation_cache_dir', str(pytestconfig.cache.mkdir('programs')))
-    jax.config.update('jax_compilation_cache_max_size', 2**31)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
