@@ -238,8 +238,10 @@ def test_bodies_together_have_a_limit(run):
 
         async def stream(self):
             yield bytes(600)
-            await asyncio.sleep(0.05)
+            await both_began.wait()
             yield bytes(600)
+
+    both_began = asyncio.Barrier(2)
 
     async def main():
         limits = SETTINGS._replace(max_held=2000)
