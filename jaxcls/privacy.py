@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
 
 from jaxcls import optimizers, pipeline, registry
 from jaxcls.errors import UserError, require
@@ -210,6 +209,8 @@ def _log(x: float) -> float:
 @functools.lru_cache
 def _overflow(examples: int, batch_size: int, rows: int) -> float:
     """The probability that a batch has more examples than rows."""
+    from scipy import stats  # slow to import
+
     return float(stats.binom.sf(rows, examples, batch_size / examples))
 
 
@@ -217,6 +218,8 @@ def _rows(
     examples: int, batch_size: int, delta: float, steps: int, epsilon: float, microbatch: int
 ) -> int:
     """The fewest rows with which `Plan.epsilon` holds, in whole microbatches and multiples of 8 or 64."""
+    from scipy import stats  # slow to import
+
     share = delta * _SLACK / steps / (1 + math.exp(min(epsilon, 600)))
     rows = int(stats.binom.isf(share, examples, batch_size / examples)) + 1
     unit = math.lcm(64 if rows > 512 else 8, microbatch or 1)

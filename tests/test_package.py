@@ -30,6 +30,13 @@ def test_an_unknown_jaxlib_is_not_given_the_flag(monkeypatch):
     assert os.environ['XLA_FLAGS'] == ''
 
 
+def test_training_imports_nothing_slow_that_it_may_not_need():
+    slow = ('scipy.stats', 'sklearn', 'matplotlib.pyplot', 'torch', 'qwix', 'jax_privacy')
+    code = f'import sys, jaxcls.train; print([name for name in {slow} if name in sys.modules])'
+    found = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True)
+    assert found.stdout == '[]\n'
+
+
 def test_the_public_names_import_lazily():
     code = (
         'import sys, jaxcls; assert "jax" not in sys.modules; '
