@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxcls import attacks, registry
+from jaxcls import attacks, losses, registry
 from jaxcls.errors import require
 
 Batch = dict[str, Array]
@@ -159,21 +159,21 @@ def trades(
         noise = jax.vmap(lambda key: jax.random.normal(key, image.shape[1:]))(_keys(key, image))
         first = attacks.project(image + 1e-3 * noise, image, epsilon, norm)
         found = attacks.climb(
-            lambda x: divergence(clean, logits(x)), first, image, epsilon, step_size, steps, norm
+            lambda x: losses.divergence(clean, logits(x)),
+            first,
+            image,
+            epsilon,
+            step_size,
+            steps,
+            norm,
         )
         return {**batch, 'adversarial': found}
 
     def penalty(apply, logits, batch_stats, batch):
         (found, _), updates = apply(batch['adversarial'], batch_stats)
-        return beta * divergence(logits, found), updates.get('batch_stats', {})
+        return beta * losses.divergence(logits, found), updates.get('batch_stats', {})
 
     return Adversary(attack, penalty) if epsilon and beta else None
-
-
-def divergence(logits: Array, others: Array) -> Array:
-    """KL(softmax(logits) || softmax(others)) in nats: [B, K] twice to float32 [B]."""
-    p, q = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (logits, others))
-    return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
 
 def _keys(key: Array, image: Array) -> Array:

@@ -55,13 +55,13 @@ def logits(
       alpha: in [0, 1]. 0 is off.
     """
     del workdir, checkpoint
-    _check(temperature, alpha)
+    losses.check_distillation(temperature, alpha, 'config.teacher.')
     if not alpha:
         return None
 
     def blend(values, logits, _features, batch):
-        soft = losses.divergence(logits, batch['teacher_logits'], temperature=temperature)
-        return alpha * temperature**2 * soft + (1 - alpha) * values
+        theirs = batch['teacher_logits']
+        return losses.distillation(logits, theirs, values, temperature=temperature, alpha=alpha)
 
     return Lesson(lambda logits, _features: {'teacher_logits': logits}, blend)
 
@@ -153,12 +153,6 @@ def _similarity(features: jax.Array, mask: jax.Array) -> jax.Array:
 
 def _named(features: dict[str, jax.Array], name: str, field: str) -> jax.Array:
     return registry.lookup(features, name, f'config.teacher.{field}')
-
-
-def _check(temperature: float, alpha: float):
-    ok = 0 < temperature < math.inf
-    require(ok, 'config.teacher.temperature', temperature, 'more than 0 and finite')
-    require(0 <= alpha <= 1, 'config.teacher.alpha', alpha, 'at least 0 and at most 1')
 
 
 def check_pupil(ours: tuple, theirs: tuple, workdir: str):

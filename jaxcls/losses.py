@@ -162,37 +162,41 @@ def brier(logits: jax.Array, target: jax.Array, *, label_smoothing: float = 0.0)
 def distillation(
     logits: jax.Array,
     teacher_logits: jax.Array,
-    target: jax.Array,
+    values: jax.Array,
     *,
     temperature: float,
     alpha: float,
 ) -> jax.Array:
-    """`alpha T^2 KL(teacher || student)` at temperature T, plus `1 - alpha` cross-entropy: `[B]`.
+    """`alpha T^2 KL(teacher || student)` at temperature T, plus `1 - alpha` of the plain loss: `[B]`.
 
-    Hinton et al., 2015, https://arxiv.org/abs/1503.02531. All three arrays are `[B, K]`; the teacher
-    gets no gradient. T^2 keeps the gradient's size the same at every temperature.
+    Hinton et al., 2015, https://arxiv.org/abs/1503.02531. Both logits are `[B, K]`; the teacher gets no
+    gradient. T^2 keeps the gradient's size the same at every temperature.
 
     Args:
+      values: the plain loss of each example, `[B]`; the paper's is cross-entropy.
       temperature: T, more than 0 and finite; both logits are divided by it.
-      alpha: the teacher's share, in [0, 1]. 0 is cross-entropy.
+      alpha: the teacher's share, in [0, 1]. 0 is the plain loss.
 
     Raises:
       UserError: a value out of its range.
     """
-    require(0 < temperature < math.inf, 'temperature', temperature, 'more than 0 and finite')
-    require(0 <= alpha <= 1, 'alpha', alpha, 'at least 0 and at most 1')
-    soft = divergence(logits, teacher_logits, temperature=temperature)
-    return alpha * temperature**2 * soft + (1 - alpha) * cross_entropy(logits, target)
+    check_distillation(temperature, alpha)
+    teacher_logits = jax.lax.stop_gradient(teacher_logits)
+    soft = divergence(teacher_logits / temperature, logits / temperature)
+    return alpha * temperature**2 * soft + (1 - alpha) * values
 
 
-def divergence(logits: jax.Array, teacher_logits: jax.Array, *, temperature: float) -> jax.Array:
-    """KL(teacher || student) of the softmax at a temperature: [B, K], [B, K] -> [B].
+def check_distillation(temperature: float, alpha: float, section: str = ''):
+    """Raises UserError where they are out of their ranges; `section` names them, such as 'config.x.'."""
+    fine = 0 < temperature < math.inf
+    require(fine, f'{section}temperature', temperature, 'more than 0 and finite')
+    require(0 <= alpha <= 1, f'{section}alpha', alpha, 'at least 0 and at most 1')
 
-    The teacher gets no gradient.
-    """
-    teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits) / temperature)
-    student = jax.nn.log_softmax(logits / temperature)
-    return jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+
+def divergence(logits: jax.Array, others: jax.Array) -> jax.Array:
+    """KL(softmax(logits) || softmax(others)) in nats: `[B, K]` twice to float32 `[B]`."""
+    p, q = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (logits, others))
+    return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
 
 LOSSES = {
