@@ -92,7 +92,7 @@ def compress(
     config = run.experiment.config
     _check(run.experiment, plans, epochs)
     _changed(config, overrides)
-    loaded = experiment_lib.load_split(config, split or config.data.validation)
+    split, loaded = runs.load_split(run, split)
     teacher = str(workdir) if distill else ''
     work = _Work(run, loaded, Path(out), epochs, tuple(overrides), teacher, on_event)
     original = Variant(run.experiment, run.experiment.model, run.variables)
@@ -107,7 +107,7 @@ def compress(
     rows = footprint.measure(run, loaded, names, rounds)
     return {
         'workdir': str(workdir),
-        'split': split or config.data.validation,
+        'split': split,
         'device': jax.devices()[0].device_kind,
         'rows': rows,
     }
@@ -221,9 +221,9 @@ def _text(plan: Plan) -> str:
 def _step(work: _Work, variant: Variant, plan: Plan, i: int) -> Variant:
     name, value = plan[i]
     step = STEPS[name]
-    if not (work.epochs and step.trains):
-        return step.make(work, variant, value)
     made = step.make(work, variant, value)
+    if not (work.epochs and step.trains):
+        return made
     before, _ = footprint.evaluate(work.run, work.split, {'': made})['']
     # Channels go before it trains; weights in its course; rounding comes after it once more.
     trained = _trained(work, made if name == 'channels' else variant, plan[: i + 1])

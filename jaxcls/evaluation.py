@@ -162,13 +162,7 @@ def evaluate_run(run: runs.Run, split: str = '', tta: str = 'none') -> dict[str,
     Raises:
       UserError: no such split, or other classes than the run's.
     """
-    split = split or run.experiment.config.data.validation
-    loaded = experiment_lib.load_split(run.experiment.config, split)
-    if loaded.class_names != run.class_names:
-        raise UserError(
-            f'The classes of {split} are {_listed(loaded.class_names)}; the run was trained on '
-            f'{_listed(run.class_names)}. Restore the data set, or evaluate a run of this one.'
-        )
+    split, loaded = runs.load_split(run, split)
     predict = tta_lib.make_predict(run.experiment, tta)
     evaluated = make_evaluator(run.experiment, loaded, run.mesh, predict)(run.variables)
     sums = jax.device_get(evaluated.sums)
@@ -180,7 +174,3 @@ def evaluate_run(run: runs.Run, split: str = '', tta: str = 'none') -> dict[str,
         'top1_interval': intervals.wilson_interval(int(sums['top1']), int(sums['examples'])),
         'class_names': list(run.class_names),
     }
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return f'{len(names)} ({runs.first_names(names)})'

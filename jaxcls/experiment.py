@@ -38,8 +38,6 @@ from jaxcls import config as config_lib
 from jaxcls.errors import UserError
 from jaxcls.models import MODELS
 
-# Of an optional section that has nothing yet.
-_OFF = {'none': lambda: None}
 TABLES = {
     'model': MODELS | estimators.BASELINES,
     'loss': losses.LOSSES,
@@ -288,6 +286,18 @@ def make_feed(
     return pipeline.stream(reader, order, mesh, steps_, config.data.workers)
 
 
+def make_training_feed(
+    experiment: Experiment, reader: pipeline.Reader, mesh: Mesh, steps_: int
+) -> pipeline.Feed:
+    """The batches of a run's seed, with its teacher where it has one."""
+    config = experiment.config
+    order = experiment.order(config.seed)
+    feed = make_feed(config, reader, order, mesh, steps_, train=True)
+    if experiment.teacher is None:
+        return feed
+    return pipeline.carrying(feed, 'teacher', experiment.teacher)
+
+
 def make_evaluation_feed(
     config: ConfigDict, split: datasets.Split, mesh: Mesh, batch_size: int
 ) -> tuple[pipeline.Feed, int]:
@@ -358,6 +368,20 @@ def build(
     prune = pruning.make_pruning(**config.pruning, total_steps=total_steps, freeze=config.freeze)
     tx = change_tx(optax.chain(tx, prune) if prune else tx)
     loss = losses.make_loss(**config.loss, class_counts=class_counts)
+    lesson = distillation.make_lesson(**config.teacher) if teacher else None
+    train_step = _train_step(config, model, loss, tx, private, lesson, teacher)
+    predict = steps.make_predict(model, data.mean, data.std)
+    return Experiment(
+        config, tuple(image_shape), num_classes, examples, model, tx, learning_rate, train_step,
+        predict, loss, total_steps, teacher.variables if lesson else None, private,
+    )  # fmt: skip
+
+
+def _train_step(
+    config: ConfigDict, model: nn.Module, loss, tx, private, lesson, teacher
+) -> Callable:
+    """The seams, as the config's sections and fields fill them."""
+    data = config.data
     gradients = steps.plain_gradients
     if config.accumulate_steps > 1:
         gradients = steps.accumulated_gradients(config.accumulate_steps, gradients)
@@ -368,24 +392,18 @@ def build(
         gradients, l1, l2 = privacy.make_gradients(private, l1, l2), 0.0, 0.0
     forward = steps.make_float_forward(model, data.mean, data.std)
     attack, penalty = adversary.make_parts(config.adversary, forward, loss)
-    lesson = distillation.make_lesson(**config.teacher) if teacher else None
     if lesson:
         attack = distillation.teach(lesson, teacher, attack)
-    train_step = steps.make_train_step(
+    augmentation = augment.make_augment(config.augment)
+    return steps.make_train_step(
         steps.make_prepare(
-            augment.make_augment(config.augment), data.mean, data.std, num_classes, dtype, attack
+            augmentation, data.mean, data.std, model.num_classes, model.dtype, attack
         ),
         steps.make_objective(model, loss, l1, l2, config.freeze, penalty, lesson and lesson.blend),
         gradients,
         tx,
         config.ema_decay,
     )
-    predict = steps.make_predict(model, data.mean, data.std)
-    return Experiment(
-        config, tuple(image_shape), num_classes, examples, model, tx, learning_rate, train_step,
-        predict, loss, total_steps, teacher.variables if lesson else None,
-        private,
-    )  # fmt: skip
 
 
 def _layers(config: ConfigDict, model: nn.Module, image_shape) -> list[str]:

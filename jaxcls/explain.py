@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import scipy.ndimage
-import scipy.stats
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
@@ -49,8 +48,6 @@ def make_explainer(
     Raises:
       UserError: no such method or feature, or the network has none with rows and columns.
     """
-    for name in methods:
-        registry.lookup(attributions.METHODS, name, '--methods')
     network = network_of(run, feature, methods)
 
     def explain(image, label=None):
@@ -71,7 +68,13 @@ def make_explainer(
 def network_of(
     run: runs.Run, feature: str = '', methods: Sequence[str] = attributions.OF_FEATURES
 ) -> attributions.Network:
-    """A run's network as `attributions` takes it; `methods` decide whether it must have maps."""
+    """A run's network as `attributions` takes it; `methods` decide whether it must have maps.
+
+    Raises:
+      UserError: as `make_explainer`.
+    """
+    for name in methods:
+        registry.lookup(attributions.METHODS, name, '--methods')
     experiment = run.experiment
     data = experiment.config.data
     forward = steps.make_float_forward(experiment.model, data.mean, data.std)
@@ -112,9 +115,9 @@ def explain(
     run = runs.open_run(workdir, checkpoint)
     wanted = _class(run, label) if label else None
     explainer = make_explainer(run, methods, feature)
+    read = [experiment_lib.read_image(run.experiment, path) for path in images]  # all, first
     rows, pictures = [], []
-    for path in images:
-        pixels = experiment_lib.read_image(run.experiment, path)
+    for path, pixels in zip(images, read, strict=True):
         found = explainer(pixels, wanted)
         name = run.class_names[found.label]
         rows.append(
@@ -222,28 +225,26 @@ def measure(
     require(examples >= 2, '--examples', examples, 'at least 2')
     require(0 < threshold < 1, '--threshold', threshold, 'between 0 and 1')
     run = runs.open_run(workdir, checkpoint)
-    for name in methods:
-        registry.lookup(attributions.METHODS, name, '--methods')
+    network = network_of(run, feature, methods)
     config = run.experiment.config
-    split = split or config.data.validation
-    loaded = experiment_lib.load_split(config, split)
+    split, loaded = runs.load_split(run, split)
     rows = pipeline.permutation(config.seed, 0, len(loaded.source))[:examples]
     reader = experiment_lib.make_reader(config, loaded, train=False)
-    images = [reader(int(row))[0] for row in rows]
-    network = network_of(run, feature, methods)
+    images, labels = zip(*(reader(int(row)) for row in rows), strict=True)
+    pixels = np.float32(images) / 255
+    predicted = network.logits(pixels).argmax(-1)
     others = {
         name: network_of(run._replace(variables=variables), feature, methods)
         for name, variables in _randomised(run).items()
     }
     table = attributions.METHODS | {'random': attributions.at_random}
     found = {
-        name: _measure(network, others, table[name], images, config.data.mean)
+        name: _measure(network, others, table[name], pixels, predicted, config.data.mean)
         for name in (*methods, 'random')
     }
     result = {'split': split, 'examples': len(images), 'methods': found}
     boxes = _boxes(config.data, split, config.seed, loaded, rows)
     if boxes is not None:
-        labels = [reader(int(row))[1] for row in rows]
         result['boxes'] = {
             name: localisation(network, table[name], images, labels, boxes, threshold)
             for name in (*methods, 'random')
@@ -270,21 +271,19 @@ def _randomised(run: runs.Run) -> dict[str, Any]:
     return {'head': {**run.variables, 'params': params}, 'all': fresh}
 
 
-def _measure(network, others, method, images, mean) -> dict[str, Any]:
+def _measure(network, others, method, images, labels, mean) -> dict[str, Any]:
     areas, correlations = {'deletion': [], 'insertion': []}, {name: [] for name in others}
-    for image in images:
-        pixels = np.float32(image) / 255
-        label = int(network.logits(pixels[None])[0].argmax())
-        heat = attributions.heat_map(method(network, pixels, label))
-        blank = np.broadcast_to(np.float32(mean), pixels.shape)
-        sigma = max(1, min(pixels.shape[:2]) / 16)
-        blurred = scipy.ndimage.gaussian_filter(pixels, (sigma, sigma, 0))
-        areas['deletion'].append(area(curve(network, pixels, label, heat, pixels, blank)))
-        areas['insertion'].append(area(curve(network, pixels, label, heat, blurred, pixels)))
+    for image, label in zip(images, labels, strict=True):
+        heat = attributions.heat_map(method(network, image, label))
+        blank = np.broadcast_to(np.float32(mean), image.shape)
+        sigma = max(1, min(image.shape[:2]) / 16)
+        blurred = scipy.ndimage.gaussian_filter(image, (sigma, sigma, 0))
+        areas['deletion'].append(area(curve(network, image, label, heat, image, blank)))
+        areas['insertion'].append(area(curve(network, image, label, heat, blurred, image)))
         for name, other in others.items():
             # A map of noise is drawn anew for another network.
             seed = {'seed': 1} if method is attributions.at_random else {}
-            theirs = attributions.heat_map(method(other, pixels, label, **seed))
+            theirs = attributions.heat_map(method(other, image, label, **seed))
             correlations[name].append(_rank_correlation(heat, theirs))
     found = {}
     for name, values in areas.items():
@@ -295,6 +294,8 @@ def _measure(network, others, method, images, mean) -> dict[str, Any]:
 
 def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's; 0 where a map is flat."""
+    import scipy.stats  # slow to import
+
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
     return float(scipy.stats.spearmanr(a, b, axis=None).statistic)
@@ -317,12 +318,13 @@ def localisation(
       `iou`, the mean; `known`, the share at an IoU of 0.5 or more with its Wilson interval `known_low`
       and `known_high`; `top1`, the share where the predicted class is right too.
     """
-    overlaps, right = [], []
-    for image, label, box in zip(images, labels, boxes, strict=True):
-        pixels = np.float32(image) / 255
-        heat = attributions.heat_map(method(network, pixels, label))
-        overlaps.append(iou(heat_box(heat, threshold), box))
-        right.append(int(network.logits(pixels[None])[0].argmax()) == label)
+    pixels = np.float32(images) / 255
+    right = network.logits(pixels).argmax(-1) == np.array(labels)
+    heats = [
+        attributions.heat_map(method(network, image, label))
+        for image, label in zip(pixels, labels, strict=True)
+    ]
+    overlaps = [iou(heat_box(heat, threshold), box) for heat, box in zip(heats, boxes, strict=True)]
     hits = np.array(overlaps) >= 0.5
     low, high = intervals.wilson_interval(int(hits.sum()), len(hits))
     return {

@@ -134,9 +134,8 @@ def _about(run: runs.Run, output: str) -> dict[str, Any]:
 
 def _examples(run: runs.Run, count: int) -> np.ndarray:
     """The first images of the validation split that can be decoded, uint8 [N, H, W, C]."""
-    config = run.experiment.config
-    split = experiment_lib.load_split(config, config.data.validation)
-    reader = experiment_lib.make_reader(config, split, train=False)
+    _, split = runs.load_split(run)
+    reader = experiment_lib.make_reader(run.experiment.config, split, train=False)
     found = (pipeline.read(reader, i) for i in range(min(count, len(split.source))))
     return np.stack([example['image'] for example in found if not example['bad']])
 

@@ -71,7 +71,7 @@ def measure(
         top1, right = accuracy[name]
         rows.append({
             'method': name,
-            'parameters': _nonzero(variant.variables['params']),
+            'parameters': pruning.density(variant.variables['params'])[0],
             'bytes': raw,
             'deflated_bytes': deflated,
             'smaller': whole[1] / deflated,
@@ -101,10 +101,6 @@ def sizes(variables: Any) -> tuple[int, int]:
     file = io.BytesIO()
     np.savez_compressed(file, **{f'{i}': leaf for i, leaf in enumerate(leaves)})
     return sum(leaf.nbytes for leaf in leaves), file.tell()
-
-
-def _nonzero(params: Any) -> int:
-    return pruning.density(params)[0]
 
 
 def _times(variants: dict[str, Variant], image: np.ndarray, rounds: int) -> dict[str, np.ndarray]:

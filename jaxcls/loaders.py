@@ -186,22 +186,26 @@ def canvas(location: str, data_dir: str, seed: int) -> Dataset:
     """
     plain = digits(location, data_dir, seed)
 
-    @functools.cache
-    def draw(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        source = plain.open(split)
-        images = source.images[..., 0]
-        random = np.random.RandomState(len(images))  # NumPy keeps its stream for good
-        drawn = [_place(images, i, random) for i in range(len(images)) for _ in range(_COPIES)]
-        pixels, boxes = map(np.stack, zip(*drawn, strict=True))
-        return pixels[..., None], np.repeat(source.labels, _COPIES), np.float32(boxes)
-
     def open_split(split: str) -> ArraySource:
-        pixels, labels, _ = draw(split)
+        pixels, labels, _ = _draw_canvases(split)
         return ArraySource(pixels, labels, hashlib.sha256(pixels.tobytes()).hexdigest())
 
     sizes = {name: _COPIES * size for name, size in plain.sizes.items()}
     shape = (_CANVAS, _CANVAS, 1)
-    return Dataset(sizes, open_split, plain.class_names, shape, lambda split: draw(split)[2])
+    return Dataset(
+        sizes, open_split, plain.class_names, shape, lambda split: _draw_canvases(split)[2]
+    )
+
+
+@functools.cache
+def _draw_canvases(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images uint8 [N, H, W, 1], labels and boxes of one of the digits' splits."""
+    source = digits('', '', 0).open(split)
+    images = source.images[..., 0]
+    random = np.random.RandomState(len(images))  # NumPy keeps its stream for good
+    drawn = [_place(images, i, random) for i in range(len(images)) for _ in range(_COPIES)]
+    pixels, boxes = map(np.stack, zip(*drawn, strict=True))
+    return pixels[..., None], np.repeat(source.labels, _COPIES), np.float32(boxes)
 
 
 def _place(images: np.ndarray, i: int, random: np.random.RandomState) -> tuple[np.ndarray, list]:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from jaxcls import experiment as experiment_lib
-from jaxcls import pipeline, runs, sharding
+from jaxcls import runs, sharding
 from jaxcls.errors import UserError, require
 
 # The loss is smoothed over about a twentieth of the steps: its lag is the same part of any range.
@@ -110,12 +110,10 @@ def _losses(config: ConfigDict, rates: np.ndarray) -> Iterator[float | None]:
     examples = len(reader.split.source)
     teacher = runs.open_teacher(config, data)
     experiment = experiment_lib.build_for(_rising(config, rates, examples), data, teacher)
+    experiment_lib.check_rows(experiment, mesh)
     abstract = experiment_lib.abstract_state(experiment, mesh)
     start = runs.make_start(experiment, abstract, reader, lambda event: None)
-    order = experiment.order(config.seed)
-    feed = experiment_lib.make_feed(config, reader, order, mesh, len(rates), train=True)
-    if teacher:
-        feed = pipeline.carrying(feed, 'teacher', teacher.variables)
+    feed = experiment_lib.make_training_feed(experiment, reader, mesh, len(rates))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state, data, items):

@@ -112,11 +112,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if rest:
         parser.error(f'unrecognized arguments: {" ".join(rest)}')
     args.overrides = overrides
-    if (
-        overrides
-        and not hasattr(args, 'config')
-        and args.command not in ('few-shot', 'study', 'compress')
-    ):
+    if overrides and not getattr(args, 'takes_fields', False):
         parser.error(f'{args.command} does not take --config fields; leave out {overrides[0][0]!r}')
     return args
 

@@ -145,10 +145,8 @@ def _ended(group: results.Group, fewest: int) -> list[results.Member]:
 
 
 def _by_splits(run: runs.Run) -> Attack:
-    config = run.experiment.config
-    splits = [
-        experiment_lib.load_split(config, s) for s in (config.data.train, config.data.validation)
-    ]
+    data = run.experiment.config.data
+    splits = [runs.load_split(run, name)[1] for name in (data.train, data.validation)]
     inside, outside = (_confidence(run, split) for split in splits)
     member = np.arange(len(inside) + len(outside)) < len(inside)
     return Attack('threshold', np.concatenate([inside, outside]), member)

@@ -88,7 +88,7 @@ def attack_run(
         require(0 <= epsilon < math.inf, '--epsilons', epsilon, 'numbers of at least 0')
     require(bool(attacks) and bool(epsilons), '--attacks', '', 'at least one, with --epsilons')
     epsilons = sorted(set(epsilons))
-    split, loaded = _open(run, split)
+    split, loaded = runs.load_split(run, split)
     programs = {name: _program(run, attack) for name, attack in attacks.items()}
     predict = jax.jit(run.experiment.predict)
     clean, fooled = [], {name: [] for name in attacks}  # bool [n]; bool [E, n]
@@ -188,7 +188,7 @@ def corruption_accuracy(
         raise UserError(
             'The reference run is of other images or classes than the run. Give one of the same data.'
         )
-    split, loaded = _open(run, split)
+    split, loaded = runs.load_split(run, split)
     predicts = [jax.jit(one.experiment.predict) for one in measured]
     count, wrong, clean = 0, np.zeros((len(measured), len(kinds), 5)), 0
     for batch in _batches(run, loaded, examples):
@@ -258,7 +258,7 @@ def out_of_distribution(
     Raises:
       UserError: no such split or data set.
     """
-    split, loaded = _open(run, split)
+    split, loaded = runs.load_split(run, split)
     name, images = _other_images(run, other, examples or len(loaded.source), seed)
     predict = jax.jit(run.experiment.predict)
     own = [
@@ -319,18 +319,6 @@ def _told_apart(own: np.ndarray, strange: np.ndarray) -> dict[str, float]:
     auroc = roc_auc_score(labels, np.r_[own, strange])
     threshold = np.quantile(own, 0.05, method='lower')
     return {'auroc': float(auroc), 'fpr95': float(np.mean(strange >= threshold))}
-
-
-def _open(run: runs.Run, split: str) -> tuple[str, datasets.Split]:
-    config = run.experiment.config
-    split = split or config.data.validation
-    loaded = experiment_lib.load_split(config, split)
-    if loaded.class_names != run.class_names:
-        raise UserError(
-            f'The classes of {split} are other than those that the run was trained on. Restore the data '
-            'set, or take a run of this one.'
-        )
-    return split, loaded
 
 
 def _batches(run: runs.Run, split: datasets.Split, examples: int) -> Iterator[dict[str, jax.Array]]:

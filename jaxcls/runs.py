@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxcls import augment, distillation, pipeline, sharding, steps, weight_files, weights
+from jaxcls import augment, datasets, distillation, pipeline, sharding, steps, weight_files, weights
 from jaxcls import experiment as experiment_lib
 from jaxcls import workdir as workdir_lib
 from jaxcls.errors import UserError
@@ -60,6 +60,23 @@ def open_run(directory: str | Path, checkpoint: str = 'latest') -> Run:
         raise UserError(f'{directory} has no checkpoint yet. Train on: repeat its `jaxcls train`.')
     variables = steps.evaluation_variables(restored.tree[0])
     return Run(experiment, variables, restored.step, tuple(data['class_names']), mesh)
+
+
+def load_split(run: Run, split: str = '') -> tuple[str, datasets.Split]:
+    """A split of an opened run's data and its name; '' is the validation split.
+
+    Raises:
+      UserError: no such split, or other classes than the run's.
+    """
+    config = run.experiment.config
+    split = split or config.data.validation
+    loaded = experiment_lib.load_split(config, split)
+    if loaded.class_names != run.class_names:
+        raise UserError(
+            f'The classes of {split} are {_listed(loaded.class_names)}; the run was trained on '
+            f'{_listed(run.class_names)}. Restore the data set, or evaluate a run of this one.'
+        )
+    return split, loaded
 
 
 def open_teacher(config: ConfigDict, data: Mapping[str, Any]) -> distillation.Teacher | None:
@@ -219,6 +236,10 @@ def _weights_of_run(source: str) -> weight_files.Weights | None:
     state = {k: weight_files.Tensor(a.shape, a.dtype, lambda a=a: a) for k, a in flat.items()}
     data = run.experiment.config.data
     return weight_files.Weights(state, (data.mean, data.std), run.class_names)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return f'{len(names)} ({first_names(names)})'
 
 
 def first_names(names: tuple[str, ...]) -> str:

@@ -108,7 +108,7 @@ def fit(
         history, dropped = workdir_lib.rewind_metrics(workdir, step)
         if dropped and not restored:
             on_event({'kind': 'restart', 'workdir': workdir, 'dropped': dropped})
-        feed = _training_feed(experiment, reader, mesh)
+        feed = experiment_lib.make_training_feed(experiment, reader, mesh, experiment.total_steps)
         stack.callback(feed.close)
         run = _Run(
             experiment=experiment,
@@ -125,15 +125,6 @@ def fit(
             begin_step=stack.enter_context(workdir_lib.attempt(workdir, step)),
         )
         return _finish(run, *_train(run, restored, start, history, until_epoch))
-
-
-def _training_feed(experiment, reader: pipeline.Reader, mesh) -> pipeline.Feed:
-    config = experiment.config
-    order = experiment.order(config.seed)
-    feed = experiment_lib.make_feed(config, reader, order, mesh, experiment.total_steps, train=True)
-    if experiment.teacher is None:
-        return feed
-    return pipeline.carrying(feed, 'teacher', experiment.teacher)
 
 
 def _train(run: _Run, restored, start, history, until_epoch):

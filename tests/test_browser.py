@@ -58,17 +58,22 @@ def sections():
     ]  # fmt: skip
 
 
-@pytest.fixture(scope='module')
-def driver(tmp_path_factory):
-    directory = tmp_path_factory.mktemp('browser')
+def chrome(profile):
+    """A browser without a window, with a profile of its own."""
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f'user-data-dir={directory / "profile"}'):
+    for flag in (*FLAGS, f'user-data-dir={profile}'):
         options.add_argument(f'--{flag}')
     options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
     service = webdriver.ChromeService(executable_path=DRIVER)
+    return webdriver.Chrome(options=options, service=service)
+
+
+@pytest.fixture(scope='module')
+def driver(tmp_path_factory):
+    directory = tmp_path_factory.mktemp('browser')
     (directory / 'page.html').write_text(page.render(BAD, sections(), subtitle=BAD))
-    with webdriver.Chrome(options=options, service=service) as browser:
+    with chrome(directory / 'profile') as browser:
         browser.address = (directory / 'page.html').as_uri()
         yield browser
 

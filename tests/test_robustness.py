@@ -99,7 +99,7 @@ def test_corruption_errors_are_those_of_the_corrupted_images(run, attacked):
     assert found['mean_error'] == pytest.approx(np.mean([row['mean'] for row in found['kinds']]))
     assert found['relative'] == 1.0
     # Contrast and brightness draw nothing: by hand.
-    batch = next(robustness._batches(run, robustness._open(run, '')[1], 10))
+    batch = next(robustness._batches(run, runs.load_split(run)[1], 10))
     image = corruptions.corrupt(None, batch['image'], 'contrast', 5)
     logits = np.asarray(run.experiment.predict(run.variables, image))
     wrong = (logits.argmax(1) != batch['label'])[np.asarray(batch['mask'])].mean()

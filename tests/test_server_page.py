@@ -7,12 +7,10 @@ import pytest
 
 pytest.importorskip('selenium.webdriver')
 pytest.importorskip('starlette')
-from selenium import webdriver
-
 from jaxcls import serving
 from jaxcls.serving import app as app_lib
 from jaxcls.serving import server
-from test_browser import CHROMIUM, DRIVER, FLAGS, emulate, find, js, wait
+from test_browser import CHROMIUM, DRIVER, chrome, emulate, find, js, wait
 from test_server import png, run  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason='needs chromium and chromedriver')
@@ -34,13 +32,7 @@ def address(run):  # noqa: F811
 
 @pytest.fixture(scope='module')
 def driver(address, tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f'user-data-dir={tmp_path_factory.mktemp("browser")}'):
-        options.add_argument(f'--{flag}')
-    options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
-    service = webdriver.ChromeService(executable_path=DRIVER)
-    with webdriver.Chrome(options=options, service=service) as browser:
+    with chrome(tmp_path_factory.mktemp('browser')) as browser:
         yield browser
 
 

@@ -105,6 +105,7 @@ def _run_compare(args) -> int:
 
 def _few_shot_arguments(parser):
     common.add_run(parser)
+    common.take_fields(parser)
     parser.add_argument('--shots', type=int, nargs='+', default=[1, 5, 10, 25], help='a class')
     parser.add_argument('--seeds', type=int, default=5, help='draws of examples; default 5')
     common.add_json(parser)

@@ -11,6 +11,12 @@ from jaxcls.terminal import say, warning_line
 
 def add_config(parser, description='a file with get_config() (it is run); default: the digits'):
     parser.add_argument('--config', default='', help=description)
+    take_fields(parser)
+
+
+def take_fields(parser):
+    """The command has a use for `--config.FIELD=VALUE`; others refuse it."""
+    parser.set_defaults(takes_fields=True)
 
 
 def add_json(parser):

@@ -9,6 +9,7 @@ from jaxcls.terminal import say
 
 def _arguments(parser):
     common.add_run(parser)
+    common.take_fields(parser)
     parser.add_argument(
         '--methods',
         nargs='+',

@@ -159,6 +159,7 @@ def _run_member(args, settings, directory, reporter) -> int:
 
 
 def _study_arguments(parser):
+    common.take_fields(parser)
     parser.add_argument('name', help='of a file in experiments/studies, or the path of one')
     parser.add_argument(
         '--data', default='mnist', help="'digits', 'mnist' (default) or 'cifar10' (wants a GPU)"
