@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from jaxcls import config as config_lib
 from jaxcls import experiment as experiment_lib
-from jaxcls import results, sharding
+from jaxcls import fingerprints, results, sharding
 from jaxcls import workdir as workdir_lib
 from jaxcls.errors import UserError
 
@@ -58,7 +58,7 @@ def _verify(directory: Path) -> list[dict[str, Any]]:
             {
                 'workdir': str(directory),
                 'step': step,
-                'arrays': len(workdir_lib.shapes(like)),
+                'arrays': len(fingerprints.shapes(like)),
                 'problem': checkpoints.read(step, like)[1],
             }
             for step in sorted(checkpoints.manager.all_steps())

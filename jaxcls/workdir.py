@@ -35,6 +35,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
 from jaxcls import config as config_lib
+from jaxcls import fingerprints
 from jaxcls.errors import UserError
 
 _PACKAGES = ('jaxcls', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
@@ -404,7 +405,8 @@ class Checkpoints:
           UserError: this step, or the one before, cannot be saved.
         """
         args = ocp.args.Composite(
-            tree=ocp.args.PyTreeSave(_plain(tree)), manifest=ocp.args.JsonSave(manifest(tree))
+            tree=ocp.args.PyTreeSave(fingerprints.plain(tree)),
+            manifest=ocp.args.JsonSave(fingerprints.manifest(tree)),
         )
         _silence_closed_loops()
         with self._saving():
@@ -466,15 +468,16 @@ class Checkpoints:
         return self.manager.restore(step, args=args).manifest
 
     def _restore_verified(self, step: int, like: Any) -> Any:
-        plain = _plain(like)
+        plain = fingerprints.plain(like)
         saved = self.manifest(step)
-        _compare(shapes(like), {key: value[:2] for key, value in saved.items()})
+        shapes = {key: value[:2] for key, value in saved.items()}
+        fingerprints.compare(fingerprints.shapes(like), shapes)
         tree_args = ocp.args.PyTreeRestore(
             plain, restore_args=ocp.checkpoint_utils.construct_restore_args(plain)
         )
         restored = self.manager.restore(step, args=ocp.args.Composite(tree=tree_args))
         tree = _like(like, restored.tree)
-        _compare(manifest(tree), saved)
+        fingerprints.compare(fingerprints.manifest(tree), saved)
         return tree
 
     def _set_aside(self, step: int, reason: str):
@@ -550,12 +553,6 @@ def _everywhere(ok: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.int32(ok)).all())
 
 
-def _compare(found: dict[str, list], saved: dict[str, list]):
-    for path in sorted(found.keys() | saved.keys()):
-        if found.get(path) != saved.get(path):
-            raise ValueError(f'{path} is {found.get(path)}, and was saved as {saved.get(path)}')
-
-
 def _silence_closed_loops():
     """After a failure, TensorStore reports its other reads or writes to a loop that Orbax has closed.
 
@@ -575,12 +572,6 @@ def _silence_closed_loops():
         sys.unraisablehook = quiet
 
 
-def _plain(tree: Any) -> Any:
-    """A flat dict of arrays: typed keys as raw data, empty containers dropped, none of our classes."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): _raw(leaf) for path, leaf in leaves}
-
-
 def _like(like: Any, plain: dict[str, Any]) -> Any:
     leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
     values = [
@@ -590,51 +581,3 @@ def _like(like: Any, plain: dict[str, Any]) -> Any:
         for path, leaf in leaves
     ]
     return jax.tree.unflatten(treedef, values)
-
-
-def _raw(leaf: Any) -> Any:
-    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return leaf
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        raw = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-        return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=leaf.sharding)
-    return jax.random.key_data(leaf)
-
-
-def shapes(like: Any) -> dict[str, list]:
-    """`{path: [shape, dtype]}` of every array."""
-    return {key: [list(leaf.shape), str(leaf.dtype)] for key, leaf in _plain(like).items()}
-
-
-def manifest(tree: Any) -> dict[str, list]:
-    """`{path: [shape, dtype, fingerprint]}` of every array; the same on any number of devices."""
-    prints = jax.device_get(_fingerprints(_plain(tree)))
-    return {path: [*shape, int(prints[path])] for path, shape in shapes(tree).items()}
-
-
-@jax.jit
-def _fingerprints(plain: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return jax.tree.map(fingerprint, plain)
-
-
-def fingerprint(array: jax.Array) -> jax.Array:
-    """uint32 [] of an array's bits and their places: any change to one element changes it.
-
-    Each element's bits are mixed with its index by a bijection (Murmur3's finaliser) and the
-    results are added modulo 2**32, so the order of summation, and with it the sharding, does not matter.
-    """
-    if array.dtype == jnp.bool_:
-        array = array.astype(jnp.uint8)
-    size = array.dtype.itemsize
-    words = {1: jnp.uint8, 2: jnp.uint16}.get(size, jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(array, words).astype(jnp.uint32)
-    index = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, length in enumerate(bits.shape):
-        index = index * np.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    return _mix(bits ^ _mix(index + np.uint32(0x9E3779B9))).sum(dtype=jnp.uint32)
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)

@@ -6,7 +6,7 @@ from pathlib import Path
 import jaxcls
 
 FLOORS = [
-    {'errors', 'registry', 'config', 'terminal'},
+    {'errors', 'registry', 'config', 'terminal', 'fingerprints'},
     {
         'losses',
         'metrics',

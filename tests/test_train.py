@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxcls import config as config_lib
-from jaxcls import evaluate, fit, loop, pipeline, sharding, workdir
+from jaxcls import evaluate, fingerprints, fit, loop, pipeline, sharding, workdir
 from jaxcls import experiment as experiment_lib
 from jaxcls.errors import UserError
 
@@ -85,7 +85,7 @@ def test_a_run_broken_off_at_any_step_resumes_bit_for_bit(uninterrupted, tmp_pat
             fit(config, tmp_path, stop_at({step}))
     result = fit(config, tmp_path)
     assert log(tmp_path) == log(uninterrupted.workdir)
-    assert workdir.manifest(result.state) == workdir.manifest(uninterrupted.state)
+    assert fingerprints.manifest(result.state) == fingerprints.manifest(uninterrupted.state)
 
 
 def test_a_signal_saves_the_step_and_the_run_goes_on(uninterrupted, tmp_path):
@@ -104,7 +104,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(uninterrupted, tmp_path):
 def test_a_complete_run_is_left_as_it_is(uninterrupted):
     before = log(uninterrupted.workdir)
     result = fit(small(), uninterrupted.workdir)
-    assert workdir.manifest(result.state) == workdir.manifest(uninterrupted.state)
+    assert fingerprints.manifest(result.state) == fingerprints.manifest(uninterrupted.state)
     assert log(uninterrupted.workdir) == before
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcls import UserError, evaluate, fit, workdir
+from jaxcls import UserError, evaluate, fingerprints, fit, workdir
 
 from .rows import Row
 
@@ -41,7 +41,7 @@ def _save(directory: Path, steps) -> dict[int, dict]:
         checkpoints.save(step, _tree(step))
     checkpoints.wait()
     checkpoints.close()
-    return {step: workdir.manifest(_tree(step)) for step in steps}
+    return {step: fingerprints.manifest(_tree(step)) for step in steps}
 
 
 def _files(directory: Path, step: int) -> list[Path]:
@@ -92,7 +92,7 @@ def corruptions(count: int, seed: int, directory: Path) -> str:
         restored, messages = _restore(path)
         what = f'{how} {file.relative_to(path)} (number {i}): {messages}'
         assert restored, f'lost: {what}'
-        assert workdir.manifest(restored.tree) == manifests[restored.step], f'wrong: {what}'
+        assert fingerprints.manifest(restored.tree) == manifests[restored.step], f'wrong: {what}'
         if restored.step == 2:
             assert not messages, what
             harmless += 1

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxcls import config as config_lib
 from jaxcls import experiment as experiment_lib
-from jaxcls import sharding, workdir
+from jaxcls import fingerprints, sharding, workdir
 
 from . import launch
 from .rows import Row
@@ -102,13 +102,13 @@ def moves(count: int, seed: int, directory: Path) -> str:
             with contextlib.closing(workdir.Checkpoints(path)) as checkpoints:
                 checkpoints.save(1, tree)
                 checkpoints.wait()
-            saved[path] = workdir.manifest(tree), _bits(tree)
+            saved[path] = fingerprints.manifest(tree), _bits(tree)
         like = experiment_lib.abstract_checkpoint(experiment, _mesh(after))
         with contextlib.closing(workdir.Checkpoints(path)) as checkpoints:
             restored = checkpoints.restore(like)
         case = f'{placement}, {before} to {after} devices'
         _splits(restored.tree, after, placement)
-        assert (workdir.manifest(restored.tree), _bits(restored.tree)) == saved[path], case
+        assert (fingerprints.manifest(restored.tree), _bits(restored.tree)) == saved[path], case
         for leaf, wanted in zip(jax.tree.leaves(restored.tree), jax.tree.leaves(like), strict=True):
             assert leaf.sharding == wanted.sharding, case
     return f'{len(cases[:count])} of {len(cases)} moves: the same bits, up to {most} arrays split'

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from jaxcls import config as config_lib
-from jaxcls import fit, verify, workdir
+from jaxcls import fingerprints, fit, verify
 
 from . import launch
 from .rows import Row
@@ -121,7 +121,10 @@ def resumes(count: int, seed: int, directory: Path) -> str:
         for step in chosen:
             assert int(fit(config, path, stop).state.step) == step
         end = fit(config, path)
-        assert workdir.manifest(end.state) == workdir.manifest(whole.state), (pipeline, workers)
+        assert fingerprints.manifest(end.state) == fingerprints.manifest(whole.state), (
+            pipeline,
+            workers,
+        )
         found = verify.differences(whole.workdir, path)
         assert not found, (pipeline, workers, found[:5])
     return f'{count} steps x {len(ways)} ways to read the data, all equal'
