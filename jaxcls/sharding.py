@@ -1,6 +1,7 @@
 """Where arrays live: processes, the mesh of devices, batches split and parameters copied or split."""
 
 import os
+import threading
 from collections.abc import Callable
 
 import jax
@@ -8,10 +9,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxcls import terminal
 from jaxcls.errors import UserError
 
 # Seconds in which all processes of a run have to start, unless JAXCLS_START_TIMEOUT says otherwise.
 _START_TIMEOUT = '300'
+# Seconds more that JAX has: after its own limit it ends a process by SIGABRT as often as it raises.
+_MARGIN = 30
 # Seconds without a sign of life after which a process is taken for lost, and JAX ends the others.
 _HEARTBEAT_TIMEOUT = 15
 # FSDP leaves arrays below this many elements whole: gathering them costs more than storing them.
@@ -26,7 +30,8 @@ def start_processes():
     JAXCLS_DISTRIBUTED=1 lets it look. Where a process is lost, the others end: see `lost`.
 
     Raises:
-      UserError: the variables are wrong, or a process does not come within JAXCLS_START_TIMEOUT seconds.
+      UserError: the variables are wrong, or JAX cannot reach the others. Where one does not come within
+        JAXCLS_START_TIMEOUT seconds, the process ends with status 2 and a message.
     """
     env = os.environ
     if 'JAX_COORDINATOR_ADDRESS' in env and 'JAX_NUM_PROCESSES' in env:
@@ -47,18 +52,31 @@ def _initialize(**processes):
     timeout = _number(
         {'JAXCLS_START_TIMEOUT': _START_TIMEOUT, **os.environ}, 'JAXCLS_START_TIMEOUT'
     )
+    remedy = (
+        'Start all of them, with the same JAX_COORDINATOR_ADDRESS, which their hosts must reach, and each '
+        'with its own JAX_PROCESS_ID; to wait longer, set JAXCLS_START_TIMEOUT.'
+    )
+    late = f'The processes of the run did not meet within {timeout} s. {remedy}'
+    watch = threading.Timer(timeout, _end, [late])
+    watch.start()
     try:
         jax.distributed.initialize(
             **processes,
-            initialization_timeout=timeout,
+            initialization_timeout=timeout + _MARGIN,
             heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f'The processes of the run did not meet within {timeout} s: {_first_line(error)}. Start all of '
-            'them, with the same JAX_COORDINATOR_ADDRESS, which their hosts must reach, and each with its '
-            'own JAX_PROCESS_ID; to wait longer, set JAXCLS_START_TIMEOUT.'
+            f'The processes of the run cannot meet: {_first_line(error)}. {remedy}'
         ) from None
+    finally:
+        watch.cancel()
+
+
+def _end(message: str):
+    """Ends the process from another thread, as the command line does on a mistake."""
+    terminal.refuse(message)
+    os._exit(2)
 
 
 def lost(error: Exception) -> str:

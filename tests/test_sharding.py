@@ -2,6 +2,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -134,5 +135,14 @@ def test_processes_are_found_in_the_environment(monkeypatch, environment, argume
     monkeypatch.setattr(jax.distributed, 'initialize', lambda **k: calls.append(k))
     monkeypatch.setattr(os, 'environ', environment)
     sharding.start_processes()
-    times = {'initialization_timeout': 300, 'heartbeat_timeout_seconds': 15}
+    times = {'initialization_timeout': 330, 'heartbeat_timeout_seconds': 15}
     assert calls == ([] if arguments is None else [arguments | times])
+
+
+def test_processes_that_do_not_meet_in_time_end_by_a_message(monkeypatch):
+    told, ended = [], threading.Event()
+    monkeypatch.setattr(jax.distributed, 'initialize', lambda **k: ended.wait(10))
+    monkeypatch.setattr(sharding, '_end', lambda message: (told.append(message), ended.set()))
+    monkeypatch.setattr(os, 'environ', {'SLURM_STEP_NUM_TASKS': '2', 'JAXCLS_START_TIMEOUT': '0'})
+    sharding.start_processes()
+    assert len(told) == 1 and 'did not meet within 0 s. Start all of them' in told[0]
