@@ -1,4 +1,4 @@
-"""A trained run as one file that runs without this package: StableHLO for JAX, or ONNX.
+"""A trained run as one file that runs without this package: StableHLO for JAX, ONNX, or TFLite.
 
 The file takes raw images, uint8 [B, H, W, C] of any B: preprocessing and weights are inside. What it
 returns is compared with the run's own outputs before it is there.
@@ -10,7 +10,7 @@ import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,8 @@ def export(
 
     Args:
       format: 'stablehlo', a zip archive of `model.stablehlo` (`jax.export`, for CPU, CUDA and TPU) and
-        `model.json`; or 'onnx', with what `model.json` has in its metadata, under 'jaxcls'.
+        `model.json`; 'onnx', with what `model.json` has in its metadata, under 'jaxcls'; or 'tflite', for
+        LiteRT, which is a zip archive of `model.json` too.
       output: 'probabilities' (softmax) or 'logits', float32 [B, K].
       images: how many to compare on.
 
@@ -53,7 +54,7 @@ def export(
     path = Path(path)
     _check(path, format, output, images)
     run = runs.open_run(workdir, checkpoint)
-    write, load, _, _ = FORMATS[format]
+    write, load = FORMATS[format].write, FORMATS[format].load
     function = _function(run, output)
     examples = _examples(run, images)
     partial = path.with_name(f'.{path.name}.partial')
@@ -85,21 +86,21 @@ def _check(path: Path, format: str, output: str, images: int):
     require(format in FORMATS, '--format', format, f'one of {", ".join(FORMATS)}')
     require(output in OUTPUTS, '--output', output, f'one of {", ".join(OUTPUTS)}')
     require(images >= 1, '--images', images, 'at least 1')
-    _, _, suffix, packages = FORMATS[format]
-    if path.suffix != suffix:
+    known = FORMATS[format]
+    if path.suffix != known.suffix:
         raise UserError(
-            f'{path} must end in {suffix} for --format={format}. '
-            + ', '.join(f'{name} ends in {known[2]}' for name, known in FORMATS.items())
+            f'{path} must end in {known.suffix} for --format={format}. '
+            + ', '.join(f'{name} ends in {each.suffix}' for name, each in FORMATS.items())
             + '.'
         )
     if path.exists():
         raise UserError(_exists(path))
     if not path.parent.is_dir():
         raise UserError(f'There is no directory {path.parent}. Make it, or choose another file.')
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    missing = [name for name in known.packages if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f'--format={format} needs {" and ".join(missing)}: pip install "jaxcls[export]".'
+            f'--format={format} needs {" and ".join(missing)}: pip install "jaxcls[{known.extra}]".'
         )
 
 
@@ -151,12 +152,16 @@ def _difference(function: Callable, exported: Callable, examples: np.ndarray) ->
     return float(gap / np.abs(ours).max())
 
 
-def _write_stablehlo(function, image_shape, about, path: Path):
+def _program(function, image_shape, platforms):
     from jax import export as jax_export
 
     (batch,) = jax_export.symbolic_shape('batch')
     image = jax.ShapeDtypeStruct((batch, *image_shape), jnp.uint8)
-    exported = jax_export.export(jax.jit(function), platforms=PLATFORMS)(image)
+    return jax_export.export(jax.jit(function), platforms=platforms)(image)
+
+
+def _write_stablehlo(function, image_shape, about, path: Path):
+    exported = _program(function, image_shape, PLATFORMS)
     about = {**about, 'jax': jax.__version__, 'platforms': PLATFORMS}
     with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(_PROGRAM, bytes(exported.serialize()))
@@ -177,8 +182,70 @@ def _write_onnx(function, image_shape, about, path: Path):
     onnx_graph.save(model, {'jaxcls': json.dumps(about)}, path)
 
 
-# name -> (write, load, suffix, the packages that it needs).
+def _write_tflite(function, image_shape, about, path: Path):
+    from litert_converter import converter_api_ext as converter
+    from litert_converter.mlir import ir, passmanager
+
+    # A platform that has XLA's own convolutions, not the forms for CPU.
+    program = _program(function, image_shape, ('tpu',)).mlir_module()
+    try:
+        with ir.Context() as context:
+            converter.prepare_mlir_context(context)
+            module = ir.Module.parse(program)
+            names = ['image'], [about['output']['values']]
+            converter.set_signature(module.operation, 'serving_default', *names)
+            passes = passmanager.PassManager()
+            converter.run_convert_to_tfl_passes(module, passes, converter.ConvertToTFLConfig())
+            path.write_bytes(converter.export_flatbuffer_to_bytes(module.operation))
+    except (ValueError, ir.MLIRError) as error:
+        raise UserError(
+            f'LiteRT cannot convert this network ({str(error).splitlines()[0]}). Of a batch of any size it '
+            'takes jax.lax.slice_in_dim, and not x[:, 0]. Change the network, or use --format=onnx.'
+        ) from None
+    with zipfile.ZipFile(
+        path, 'a', zipfile.ZIP_DEFLATED
+    ) as archive:  # behind the model, as TFLite has it
+        archive.writestr(_ABOUT, json.dumps(about, indent=1))
+
+
+def _load_tflite(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(path))
+    (image,), (output,) = interpreter.get_input_details(), interpreter.get_output_details()
+
+    def call(images):
+        interpreter.resize_tensor_input(image['index'], images.shape)
+        interpreter.allocate_tensors()
+        interpreter.set_tensor(image['index'], images)
+        interpreter.invoke()
+        return interpreter.get_tensor(output['index'])
+
+    return call
+
+
+class Format(NamedTuple):
+    """A kind of file.
+
+    Attributes:
+      write: `(function, image_shape, about, path)`.
+      load: a path to a function of uint8 [B, H, W, C].
+      suffix: of the file's name.
+      extra: to install.
+      packages: of the extra.
+    """
+
+    write: Callable
+    load: Callable[[Path], Callable[[np.ndarray], np.ndarray]]
+    suffix: str
+    extra: str
+    packages: tuple[str, ...]
+
+
 FORMATS = {
-    'stablehlo': (_write_stablehlo, _load_stablehlo, '.zip', ('flatbuffers',)),
-    'onnx': (_write_onnx, onnx_graph.load, '.onnx', ('onnx', 'onnxruntime')),
+    'stablehlo': Format(_write_stablehlo, _load_stablehlo, '.zip', 'export', ('flatbuffers',)),
+    'onnx': Format(_write_onnx, onnx_graph.load, '.onnx', 'export', ('onnx', 'onnxruntime')),
+    'tflite': Format(
+        _write_tflite, _load_tflite, '.tflite', 'tflite', ('litert_converter', 'ai_edge_litert')
+    ),
 }

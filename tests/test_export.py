@@ -82,11 +82,37 @@ def test_onnx_gives_the_same_in_onnx_runtime_and_names_the_classes(run, images, 
     assert about['input'] == {'dtype': 'uint8', 'shape': ['batch', 8, 8, 1]}
 
 
+# All of LiteRT, and nothing of JAX.
+LITERT_LOADER = """
+import json, sys, zipfile
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter
+about = json.loads(zipfile.ZipFile('m.tflite').read('model.json'))
+run = Interpreter('m.tflite').get_signature_runner()
+found = [run(image=image[None])['probabilities'][0] for image in np.load('images.npy')]
+assert not [name for name in sys.modules if name.split('.')[0] in ('jaxcls', 'jax')]
+np.save('out.npy', np.stack(found))
+print(about['class_names'][found[0].argmax()])
+"""
+
+
+def test_tflite_runs_in_a_process_without_jax(run, images, expected, tmp_path):
+    pytest.importorskip('litert_converter')
+    result = export.export(run, tmp_path / 'm.tflite', 'tflite')
+    assert result['max_difference'] < 1e-5
+    np.save(tmp_path / 'images.npy', images)
+    (tmp_path / 'load.py').write_text(LITERT_LOADER)
+    command = [sys.executable, '-I', 'load.py']
+    ran = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    np.testing.assert_allclose(np.load(tmp_path / 'out.npy'), expected, atol=1e-6)
+    assert ran.stdout.strip() == str(expected[0].argmax())
+
+
 @pytest.mark.parametrize(
     'place, more, message',
     [
         ('m.onnx', {}, 'must end in .zip'),
-        ('m.zip', {'format': 'tflite'}, 'it must be one of stablehlo, onnx'),
+        ('m.zip', {'format': 'tf'}, 'it must be one of stablehlo, onnx, tflite'),
         ('m.zip', {'output': 'classes'}, 'it must be one of probabilities, logits'),
         ('none/m.zip', {}, 'There is no directory'),
         ('there.zip', {}, 'exists already'),
@@ -100,12 +126,12 @@ def test_mistakes_are_named_before_the_work(tmp_path, place, more, message):
 
 
 def test_a_file_that_differs_is_not_left(run, tmp_path, monkeypatch):
-    write, load, *rest = export.FORMATS['stablehlo']
+    known = export.FORMATS['stablehlo']
 
     def worse(path):
-        return lambda images: load(path)(images) + 0.01
+        return lambda images: known.load(path)(images) + 0.01
 
-    monkeypatch.setitem(export.FORMATS, 'stablehlo', (write, worse, *rest))
+    monkeypatch.setitem(export.FORMATS, 'stablehlo', known._replace(load=worse))
     with pytest.raises(UserError, match='differs from the run by 0.01'):
         export.export(run, tmp_path / 'm.zip')
     assert list(tmp_path.iterdir()) == []
@@ -117,10 +143,18 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
         export.export('nowhere', tmp_path / 'm.zip')
 
 
-def compare(function, shape, tmp_path, rtol=1e-5):
-    """ONNX Runtime's output of a function beside JAX's, for two sizes of batch."""
-    onnx_graph.save(onnx_graph.convert(function, shape), {}, tmp_path / 'f.onnx')
-    run = onnx_graph.load(tmp_path / 'f.onnx')
+def write(function, format, shape, tmp_path):
+    """A file of a function that gives logits."""
+    path = tmp_path / f'f{export.FORMATS[format].suffix}'
+    export.FORMATS[format].write(function, shape, {'output': {'values': 'logits'}}, path)
+    return path
+
+
+def compare(function, format, shape, tmp_path, rtol=1e-5):
+    """What a file gives beside what JAX does, for two sizes of batch."""
+    for package in export.FORMATS[format].packages:
+        pytest.importorskip(package)
+    run = export.FORMATS[format].load(write(function, format, shape, tmp_path))
     for batch in (1, 5):
         images = np.random.default_rng(batch).integers(0, 256, (batch, *shape), np.uint8)
         expected = np.asarray(jax.jit(function)(images))
@@ -138,9 +172,9 @@ OPERATIONS = {
     'broadcasts': lambda x: jnp.concatenate(
         [f32(x), jnp.broadcast_to(jnp.arange(2.0), x.shape), jnp.ones_like(f32(x))], -1
     ),
-    'even rows': lambda x: f32(x)[:, ::2, 1::3],
-    'one row': lambda x: f32(x)[:, 4],
-    'negative pad': lambda x: jnp.pad(f32(x), ((0, 0), (1, 2), (0, 3), (0, 0)))[:, 2:-1, 1:],
+    'even rows': lambda x: jax.lax.slice_in_dim(f32(x), 0, None, 2, 1),
+    'one row': lambda x: jax.lax.index_in_dim(f32(x), 4, 1, keepdims=False),
+    'pad': lambda x: jnp.pad(f32(x), ((0, 0), (1, 2), (0, 3), (0, 0))),
     'softmax': lambda x: jax.nn.softmax(f32(x).reshape(x.shape[0], -1)),
     'products': lambda x: jnp.einsum('bhwc,bkwc->bhk', f32(x), f32(x) ** 2),
     'statistics': lambda x: jax.lax.rsqrt(f32(x).var((1, 2)) + 1e-3) * jnp.max(f32(x), (1, 2)),
@@ -154,10 +188,25 @@ OPERATIONS = {
 }  # fmt: skip
 
 
+INDEXED = {
+    'even rows': lambda x: f32(x)[:, ::2, 1::3],
+    'one row': lambda x: f32(x)[:, 4],
+    'negative pad': lambda x: jnp.pad(f32(x), ((0, 0), (1, 2), (0, 3), (0, 0)))[:, 2:-1, 1:],
+}
+
+
+@pytest.mark.parametrize('name', INDEXED)
+def test_indexing_is_that_of_jax_in_onnx_and_refused_by_litert(name, tmp_path):
+    compare(INDEXED[name], 'onnx', (9, 9, 2), tmp_path)
+    pytest.importorskip('litert_converter')
+    with pytest.raises(UserError, match=r'LiteRT cannot convert .* takes jax.lax.slice_in_dim'):
+        write(INDEXED[name], 'tflite', (9, 9, 2), tmp_path)
+
+
+@pytest.mark.parametrize('format', ['onnx', 'tflite'])
 @pytest.mark.parametrize('name', OPERATIONS)
-def test_operations_are_those_of_jax(name, tmp_path):
-    pytest.importorskip('onnxruntime')
-    compare(OPERATIONS[name], (9, 9, 2), tmp_path)
+def test_operations_are_those_of_jax(name, format, tmp_path):
+    compare(OPERATIONS[name], format, (9, 9, 2), tmp_path)
 
 
 def test_an_operation_that_onnx_lacks_is_refused_by_name():
@@ -186,13 +235,14 @@ def network(name, shape, **fields):
     return lambda image: predict(variables, image)
 
 
+@pytest.mark.parametrize('format', ['onnx', 'tflite'])
 @pytest.mark.parametrize('name, shape', [('lenet_small', (8, 8, 1)), ('lenet5', (28, 28, 1))])
-def test_networks_are_the_same_in_onnx(name, shape, tmp_path):
-    pytest.importorskip('onnxruntime')
-    compare(network(name, shape), shape, tmp_path, 1e-4)
+def test_networks_are_the_same(name, shape, format, tmp_path):
+    compare(network(name, shape), format, shape, tmp_path, 1e-4)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('format', ['stablehlo', 'onnx', 'tflite'])
 @pytest.mark.parametrize(
     'name, size',
     [
@@ -202,13 +252,6 @@ def test_networks_are_the_same_in_onnx(name, shape, tmp_path):
         ('resnet50d', 64), ('resnext50_32x4d', 64), ('se_resnet18', 32), ('vgg11_bn', 32), ('vit_ti16', 32),
     ],
 )  # fmt: skip
-def test_a_network_of_each_family_is_the_same_in_both_formats(name, size, tmp_path):
+def test_a_network_of_each_family_is_the_same_in_every_format(name, size, format, tmp_path):
     shape = (size, size, 1 if name in ('dbn', 'lenet5_1998') else 3)
-    function = network(name, shape)
-    compare(function, shape, tmp_path, 1e-3)
-    about = {'class_names': []}
-    export.FORMATS['stablehlo'][0](function, shape, about, tmp_path / 'm.zip')
-    images = np.random.default_rng(0).integers(0, 256, (3, *shape), np.uint8)
-    found = export.FORMATS['stablehlo'][1](tmp_path / 'm.zip')(images)
-    expected = np.asarray(jax.jit(function)(images))
-    np.testing.assert_allclose(found, expected, 1e-4, 1e-4 * np.abs(expected).max())
+    compare(network(name, shape), format, shape, tmp_path, 1e-3)

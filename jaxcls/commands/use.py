@@ -83,7 +83,8 @@ def _export_arguments(parser):
     parser.add_argument(
         '--format',
         default='stablehlo',
-        help="'stablehlo' (default; a .zip, for JAX on CPU, CUDA and TPU) or 'onnx' (a .onnx)",
+        help="'stablehlo' (default; a .zip, for JAX on CPU, CUDA and TPU), 'onnx' (a .onnx) or 'tflite' "
+        '(a .tflite, for LiteRT on phones and small boards)',
     )
     parser.add_argument(
         '--output', default='probabilities', help="'probabilities' (default) or 'logits'"

@@ -345,15 +345,21 @@ def _overhang(x, window: int, stride: int, padding: int) -> list[int]:
     return [max(0, end - n - 2 * padding) for end, n in zip(ends, x.shape[1:3], strict=True)]
 
 
+def unstack(x, axis: int) -> list:
+    """The parts of an array along one axis. As slices, which TFLite has for any batch, unlike x[:, 0]."""
+    return [jax.lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])]
+
+
 def _disjoint_max_pool(x, window):
     # The values of reduce_window, whose gradient takes 3 to 16 times as long on CPU.
     batch, height, width, channels = x.shape
     height, width = height // window, width // window
-    x = x[:, : height * window, : width * window]
+    x = jax.lax.slice_in_dim(x, 0, height * window, axis=1)
+    x = jax.lax.slice_in_dim(x, 0, width * window, axis=2)
     x = x.reshape(batch, height, window, width * window, channels)
-    x = functools.reduce(jnp.maximum, [x[:, :, i] for i in range(window)])
+    x = functools.reduce(jnp.maximum, unstack(x, 2))
     x = x.reshape(batch, height, width, window, channels)
-    return functools.reduce(jnp.maximum, [x[:, :, :, i] for i in range(window)])
+    return functools.reduce(jnp.maximum, unstack(x, 3))
 
 
 def avg_pool(

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from jaxcls.errors import require
@@ -86,7 +87,8 @@ def pad_shortcut(x, features, stride, _style, *, train, bare):
     weights for CIFAR are of that order.
     """
     del train, bare
-    x = x[:, ::stride, ::stride]
+    for axis in (1, 2):
+        x = jax.lax.slice_in_dim(x, 0, None, stride, axis)
     new = features - x.shape[-1]
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2)))
 

@@ -22,12 +22,16 @@ from jaxcls.models.layers import (
     head,
     norm_act,
     style_of,
+    unstack,
 )
 from jaxcls.models.references import Reference
 from jaxcls.registry import lookup
 
 # What of the tokens [B, 1 + N, D], the class token first, the last layer reads: [B, D].
-POOLINGS = {'token': lambda x: x[:, 0], 'mean': lambda x: jnp.mean(x[:, 1:], axis=1)}
+POOLINGS = {
+    'token': lambda x: jax.lax.index_in_dim(x, 0, 1, keepdims=False),
+    'mean': lambda x: jnp.mean(jax.lax.slice_in_dim(x, 1, None, axis=1), axis=1),
+}
 
 
 class EncoderBlock(nn.Module):
@@ -62,7 +66,7 @@ def attention(x, heads: int, style: Style):
     *shape, width = x.shape
     x = dense(x, 3 * width, style, style.kernel_init, name='qkv')
     x = x.reshape(*shape, 3, heads, width // heads)
-    x = jax.nn.dot_product_attention(x[:, :, 0], x[:, :, 1], x[:, :, 2])
+    x = jax.nn.dot_product_attention(*unstack(x, 2))
     return dense(x.reshape(*shape, width), width, style, style.kernel_init, name='projection')
 
 

@@ -141,7 +141,7 @@ MISTAKES = [
     (['attack', 'RUN', '--attacks=none'], 'give --attacks, --corruptions or --ood'),
     (['compress', 'RUN', '--methods', 'chanels:0.5'], "Did you mean 'channels'?"),
     (['export', 'RUN', 'HERE/model.onnx'], 'must end in .zip'),
-    (['export', 'RUN', 'HERE/model.tflite', '--format=tflite'], 'one of stablehlo, onnx'),
+    (['export', 'RUN', 'HERE/model.tfl', '--format=tfl'], 'one of stablehlo, onnx, tflite'),
     (['serve', 'RUN', '--queue=0'], 'at least 1'),
     (['--config.privacy.name=dp_sdg'], "Did you mean 'dp_sgd'?"),
     (
