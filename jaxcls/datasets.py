@@ -6,6 +6,7 @@ Nothing here needs TensorFlow, or JAX: worker processes import this module.
 import contextlib
 import io
 import re
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,6 +27,9 @@ DATASETS: dict[str, Callable[[str, str, int], loaders.Dataset]] = {
 }
 _BUILT_IN = ('digits', 'canvas')
 MAX_PIXELS = 50_000_000
+# Above this many pixels, which take 10 bytes each to decode, the threads of a process take turns.
+_LARGE = 8_000_000
+_one_large = threading.Lock()
 # Pillow reads more, such as EPS, for which it runs the file as a program of Ghostscript's.
 FORMATS = ('BMP', 'GIF', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP')
 
@@ -392,7 +396,8 @@ def decode(image: bytes | np.ndarray, channels: int) -> np.ndarray:
         with Image.open(io.BytesIO(image), formats=FORMATS) as picture:
             pixels = picture.width * picture.height
             if pixels <= MAX_PIXELS:
-                return _to_array(picture, _MODES[channels])
+                with _one_large if pixels > _LARGE else contextlib.nullcontext():
+                    return _to_array(picture, _MODES[channels])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         pixels = MAX_PIXELS + 1
     except UserError:

@@ -6,7 +6,9 @@ import pickle
 import struct
 import subprocess
 import sys
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -585,6 +587,25 @@ def test_exif_orientation_is_applied_and_broken_exif_ignored():
     np.testing.assert_array_equal(upright[..., 0], np.rot90(np.asarray(image), -1))
     broken = datasets.decode(encode(picture(0), 'JPEG', exif=b'Exif\0\0nonsense'), 3)
     assert broken.shape == (6, 6, 3)
+
+
+@pytest.mark.parametrize('large, alone', [(100, True), (10_000, False)])
+def test_threads_decode_large_images_one_at_a_time(monkeypatch, large, alone):
+    file, decoding, seen = io.BytesIO(), set(), []
+    Image.new('RGB', (20, 20)).save(file, 'PNG')
+
+    def slow(picture, mode):
+        decoding.add(id(picture))
+        time.sleep(0.05)
+        seen.append(len(decoding))
+        decoding.remove(id(picture))
+        return np.asarray(picture)
+
+    monkeypatch.setattr(datasets, '_LARGE', large)
+    monkeypatch.setattr(datasets, '_to_array', slow)
+    with ThreadPoolExecutor(4) as threads:
+        images = list(threads.map(lambda _: datasets.decode(file.getvalue(), 3), range(4)))
+    assert len(images) == 4 and (max(seen) == 1) == alone
 
 
 def png_header(width: int, height: int) -> bytes:
