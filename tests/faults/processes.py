@@ -27,11 +27,10 @@ SURVIVOR_SECONDS = 30
 # A process that is killed before they have met has never come: the other waits so long for it.
 _START_SECONDS = 15
 _FIELDS = {'epochs': '2', 'validate_every_epochs': '2', 'log_every_steps': '2'}  # 38 steps
-# The command line, whose processes all say from which step they go on, and draw no pictures.
-TELLING = """
-from jaxcls import console, main, results
+# The command line, whose processes all say from which step they go on.
+TELLING = f"""
+from jaxcls import console
 
-results._draw = lambda *args: None
 shown = console.Reporter.__call__
 
 def tell(self, event):
@@ -40,7 +39,7 @@ def tell(self, event):
     shown(self, event)
 
 console.Reporter.__call__ = tell
-main.console()
+{launch.PROGRAM}
 """
 
 

@@ -135,12 +135,13 @@ def _in_a_process(path: Path, directory: Path) -> dict[str, str]:
 
 def repeats(count: int, seed: int, directory: Path) -> str:
     """Ten steps of each config, three times in fresh processes, end in the same bits on CPU."""
+    processes = PROCESSES if count > 1 else 2
     small = [path for path in CONFIGS if path.stem in SMALL]
     random.Random(seed).shuffle(small)
     chosen = CONFIGS if count >= len(CONFIGS) else small[:count]
     different, backends = [], set()
     for path in chosen:
-        places = [directory / path.stem / str(i) for i in range(PROCESSES)]
+        places = [directory / path.stem / str(i) for i in range(processes)]
         found = [_in_a_process(path, place) for place in places]
         backends |= {each['backend'] for each in found}
         if len({each['hash'] for each in found}) > 1:
@@ -150,7 +151,7 @@ def repeats(count: int, seed: int, directory: Path) -> str:
     assert not (different and exact), f'{", ".join(different)} differ on {backend}'
     note = f'; {", ".join(different)} differ without {FLAG}' if different else ''
     equal = len(chosen) - len(different)
-    return f'{equal} of {len(chosen)} configs the same in {PROCESSES} processes on {backend}{note}'
+    return f'{equal} of {len(chosen)} configs the same in {processes} processes on {backend}{note}'
 
 
 ROWS = (
