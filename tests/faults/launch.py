@@ -1,5 +1,6 @@
 """Runs in processes of their own, small ones of many steps on the built-in digits."""
 
+import contextlib
 import functools
 import os
 import signal
@@ -10,7 +11,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxcls import verify, workdir
+import jax
+
+from jaxcls import experiment as experiment_lib
+from jaxcls import sharding, verify, workdir
 
 # Batch statistics, dropout, a moving average, augmentation: all that a state can have. A log line each
 # step, and a checkpoint about every tenth.
@@ -106,6 +110,16 @@ def logged(directory: Path) -> int:
     """The step of the last log line, 0 before."""
     records = workdir.read_metrics(directory)
     return records[-1]['step'] if records else 0
+
+
+def restored(directory: Path):
+    """The last checkpoint of a run, on one device."""
+    experiment = experiment_lib.build_for(
+        experiment_lib.resolve(workdir.read_config(directory)), workdir.read_data(directory)
+    )
+    like = experiment_lib.abstract_checkpoint(experiment, sharding.make_mesh(jax.devices()[:1]))
+    with contextlib.closing(workdir.Checkpoints(directory, read_only=True)) as checkpoints:
+        return checkpoints.restore(like).tree
 
 
 def assert_same(directory: Path, other: Path):

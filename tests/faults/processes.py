@@ -182,7 +182,7 @@ def lost(count: int, seed: int, directory: Path) -> str:
         shutil.copytree(path, alone)
         resumed.append(_finish(path))
         launch.assert_same(whole, path)
-        assert _bits(_restored(whole)) == _bits(_restored(path))
+        assert _bits(launch.restored(whole)) == _bits(launch.restored(path))
         _go_on_alone(alone, resumed[-1], whole)
     _never_starts(directory / 'unused')
     steps = ', '.join(map(str, resumed))
@@ -230,16 +230,6 @@ def _kill(
     assert 'Traceback' not in err, err
     assert killed.seconds < SURVIVOR_SECONDS, killed
     return killed
-
-
-def _restored(path: Path):
-    """The last checkpoint, on one device."""
-    experiment = experiment_lib.build_for(
-        experiment_lib.resolve(workdir.read_config(path)), workdir.read_data(path)
-    )
-    like = experiment_lib.abstract_checkpoint(experiment, _mesh(1))
-    with contextlib.closing(workdir.Checkpoints(path, read_only=True)) as checkpoints:
-        return checkpoints.restore(like).tree
 
 
 def _go_on_alone(path: Path, step: int, whole: Path):

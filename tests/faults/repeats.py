@@ -24,8 +24,10 @@ from PIL import Image
 
 from jaxcls import config as config_lib
 from jaxcls import experiment as experiment_lib
-from jaxcls import fit
+from jaxcls import fit, results, sweep
+from jaxcls import workdir as workdir_lib
 
+from . import launch
 from .rows import Row
 
 ROOT = Path(__file__).parents[2]
@@ -82,16 +84,19 @@ def prepared(path: Path, directory: Path) -> ConfigDict:
 
 
 def _train(config: ConfigDict, workdir: Path, steps: int):
-    """The state after some steps of a network, and its log; the predictions of a baseline."""
+    """The state after some steps of a network, and its log, of each seed; the predictions of a baseline."""
     resolved = experiment_lib.resolve(config)
     if experiment_lib.is_baseline(resolved):
         fit(config, workdir)
         with np.load(workdir / 'predictions.npz') as found:
             return dict(found), []
     examples = len(experiment_lib.open_data(resolved).reader.split.source)
-    result = fit(config, workdir, until_epoch=steps * config.batch_size / examples)
-    assert int(result.state.step) == steps and result.stopped == 'paused', result.stopped
-    return result.state, [record['loss'] for record in result.records]
+    sweep.fit_seeds(config, workdir, until_epoch=steps * config.batch_size / examples)
+    runs = results.member_directories(workdir, resolved)
+    states = [launch.restored(run) for run in runs]
+    assert {int(state.step) for state, _ in states} == {steps}
+    logs = [workdir_lib.read_metrics(run) for run in runs]
+    return states, [[record['loss'] for record in log] for log in logs]
 
 
 def _digest(tree) -> str:
