@@ -15,7 +15,7 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from jaxcls import augment, datasets, pictures, pipeline, steps
+from jaxcls import augment, datasets, pipeline, steps
 from jaxcls import experiment as experiment_lib
 from jaxcls.errors import UserError
 from jaxcls.models import MODELS, REFERENCES, make_model
@@ -259,6 +259,8 @@ def describe_data(config: ConfigDict, sheet: Path, samples: int) -> dict[str, An
     split = experiment_lib.load_split(config, config.data.train)
     reader = experiment_lib.make_reader(config, split, train=True)
     count = np.bincount(read_labels(split.source), minlength=len(split.class_names))
+    from jaxcls import pictures  # slow to import
+
     figure = pictures.sheet(*_augmented(config, reader, samples))
     try:
         figure.savefig(sheet, dpi=120)

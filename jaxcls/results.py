@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxcls import intervals, pictures
+from jaxcls import intervals
 from jaxcls import predictions as predictions_lib
 from jaxcls import workdir as workdir_lib
 from jaxcls.errors import UserError
@@ -193,6 +193,8 @@ def write(
 
 def _draw(workdir: Path, confusion: np.ndarray, records: list[dict[str, Any]]):
     class_names = workdir_lib.read_data(workdir)['class_names']
+    from jaxcls import pictures  # slow to import
+
     pictures.curves(records).savefig(workdir / 'curves.png', dpi=120)
     pictures.confusion_matrix(confusion, class_names).savefig(workdir / 'confusion.png', dpi=120)
 
