@@ -24,6 +24,10 @@ DATA = {
 }
 
 
+# Those whose train step takes most of ten seconds to trace.
+LARGE = ('finetune_photos', 'googlenet_cifar')
+
+
 @pytest.fixture(params=EXPERIMENTS, ids=lambda path: path.stem)
 def path(request):
     return request.param
@@ -65,6 +69,11 @@ def flat_step(experiment):
     return step, leaves
 
 
+@pytest.mark.parametrize(
+    'path',
+    [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in LARGE)) for p in EXPERIMENTS],
+    ids=lambda path: path.stem,
+)
 def test_the_train_step_lowers_for_tpu_and_cuda(path):
     if experiment_lib.is_baseline(config_lib.load_file(path)):
         pytest.skip('a classical baseline has no train step')

@@ -129,7 +129,16 @@ def test_parameter_count_is_that_of_the_literature(name, size, channels, fields,
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == expected
 
 
-@pytest.mark.parametrize('name', MODELS)
+# Siblings that differ from a shallower one in their sizes alone, and take seconds to trace.
+DEEP = {
+    'convnext_small', 'convnext_base', 'densenet161', 'densenet169', 'densenet201', 'densenet_bc_100_12',
+    'densenet_bc_190_40', 'efficientnet_b2', 'efficientnet_b3', 'efficientnet_b4',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'name', [pytest.param(n, marks=[pytest.mark.slow] * (n in DEEP)) for n in MODELS]
+)
 def test_every_model_has_as_many_parameters_as_published(name):
     known = REFERENCES[name]
     model = make_model(name, num_classes=known.num_classes)
