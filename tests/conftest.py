@@ -14,8 +14,9 @@ jax.config.update('jax_num_cpu_devices', 8)
 
 
 @pytest.fixture(scope='session', autouse=True)
-def compile_once(pytestconfig):
-    """A program is compiled once, for all workers and for later sessions too: half of the time."""
+def compile_quickly(pytestconfig):
+    """Without XLA's optimisations, and once: for all workers, and for later sessions too."""
+    jax.config.update('jax_disable_most_optimizations', True)
     jax.config.update('jax_compilation_cache_dir', str(pytestconfig.cache.mkdir('programs')))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
@@ -40,11 +41,11 @@ def no_start():
 
 
 @pytest.fixture(scope='module')
-def quick_compiling():
-    """For files in which it is compiling that takes time, most of it that of random numbers."""
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
+def optimized():
+    """For files whose laws are about bits: programs are those that users have."""
     jax.config.update('jax_disable_most_optimizations', False)
+    yield
+    jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.fixture(scope='session', autouse=True)

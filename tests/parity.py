@@ -16,8 +16,6 @@ import pytest
 from jaxcls import weight_files, weights
 from jaxcls.models import make_model
 
-quick = {'xla_backend_optimization_level': 0}
-
 
 class Pair(NamedTuple):
     """A model of ours and its reference.
@@ -131,7 +129,7 @@ def check_evaluation(pair: Pair, channels: int = 3) -> float:
     images = images_of(pair.size, channels=channels)
     with torch.no_grad():
         theirs = logits_of(module(nchw(images))).numpy()
-    apply = jax.jit(lambda v, x: model.apply(v, x, train=False)[0], compiler_options=quick)
+    apply = jax.jit(lambda v, x: model.apply(v, x, train=False)[0])
     error = relative(apply(variables, images), theirs)
     print(f'{pair.name}, {pair.scheme}, {pair.size} pixels: logits {error:.1e}')
     assert error < 1e-4, error
@@ -207,7 +205,7 @@ def _sgd_step(model, variables, images, labels, rate):
         taken = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)
         return -taken.mean(), (logits, updates)
 
-    step = jax.jit(jax.grad(loss, has_aux=True), compiler_options=quick)
+    step = jax.jit(jax.grad(loss, has_aux=True))
     grads, (logits, updates) = step(variables['params'])
     grads = jax.device_get(grads)  # the rest in NumPy, which compiles nothing
     params = jax.tree.map(lambda p, g: p - rate * g, variables['params'], grads)

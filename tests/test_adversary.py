@@ -1,7 +1,5 @@
 """Adversarial training: its neutral setting, what it makes of a batch, and what it buys."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +13,6 @@ from jaxcls.errors import UserError
 from jaxcls.models import make_model
 
 SHAPE, CLASSES, BATCH = (4, 4, 1), 3, 8
-quick = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 KINDS = {
     'pgd': {'name': 'pgd', 'epsilon': 0.1, 'steps': 2},
     'trades': {'name': 'trades', 'epsilon': 0.1, 'steps': 2, 'beta': 2.0},
@@ -44,9 +41,9 @@ def batch(size=BATCH, seed=0):
 @pytest.fixture(scope='module')
 def stepped():
     """The state of step 0, and by kind what one step makes of it, and its sums."""
-    start = quick(lambda: experiment_lib.init(build(), 0))()
+    start = jax.jit(lambda: experiment_lib.init(build(), 0))()
     return start, {
-        name: quick(build(**section).train_step)(start, batch())
+        name: jax.jit(build(**section).train_step)(start, batch())
         for name, section in {'none': {'name': 'none'}, **KINDS}.items()
     }
 
@@ -67,7 +64,7 @@ def test_epsilon_0_and_beta_0_are_plain_training():
 @pytest.mark.parametrize('name', KINDS)
 def test_a_tiny_epsilon_is_almost_plain_training(stepped, name):
     start, results = stepped
-    tiny = quick(build(**{**KINDS[name], 'epsilon': 1e-6}).train_step)(start, batch())[0]
+    tiny = jax.jit(build(**{**KINDS[name], 'epsilon': 1e-6}).train_step)(start, batch())[0]
     plain = results['none'][0].params
     near, far = (
         optax.tree.norm(optax.tree.sub(state.params, plain)) for state in (tiny, results[name][0])
@@ -83,7 +80,7 @@ def test_the_loss_is_of_adversarial_images_for_pgd_and_of_clean_ones_for_trades(
 
 def network(model='mlp', **fields):
     model = make_model(model, num_classes=CLASSES, **fields)
-    variables = quick(model.init)(jax.random.key(0), jnp.zeros((1, *SHAPE)))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *SHAPE)))
     forward = steps.make_float_forward(model, (0.5,), (0.5,))
     return model, variables, forward
 
@@ -96,7 +93,7 @@ def attacked(section, data, key=0):
         augment.make_augment([]), (0.0,), (1.0,), CLASSES, jnp.float32, attack
     )
     state = steps.TrainState(0, variables['params'], {}, (), {}, 0, None)
-    return quick(lambda data: prepare(jax.random.key(key), data, state))(data), forward, variables
+    return jax.jit(lambda data: prepare(jax.random.key(key), data, state))(data), forward, variables
 
 
 @pytest.mark.parametrize(('name', 'field'), [('pgd', 'image'), ('trades', 'adversarial')])
@@ -200,12 +197,12 @@ def robust_share(section, data):
         augment.make_augment([]), (0.5,), (0.5,), CLASSES, jnp.float32, attack
     )
     objective = steps.make_objective(model, loss, penalty=penalty)
-    step = quick(steps.make_train_step(prepare, objective, steps.plain_gradients, tx))
+    step = jax.jit(steps.make_train_step(prepare, objective, steps.plain_gradients, tx))
     state = steps.init_state(variables, tx, jax.random.key(1), 0.0)
     for _ in range(60):
         state, _ = step(state, data)
 
-    @quick
+    @jax.jit
     def margin(params):
         keys = attacks.example_keys(jax.random.key(2), jnp.arange(512))
         image = augment.to_float(jnp.asarray(data['image']))

@@ -14,8 +14,6 @@ from jaxcls.models import airbench, layers, make_model
 from jaxcls.models.references import CONV
 from parity import Pair, check_evaluation, check_training
 
-quick_jit = functools.partial(jax.jit, compiler_options=parity.quick)
-
 
 def torch_airbench(widths, depth=2, residual=False):
     """The network that Jordan 2024 describes."""
@@ -141,7 +139,7 @@ def test_the_covariance_is_that_of_all_patches(size, channels):
 def started(channels=3, size=2):
     model = make_model('airbench94', widths=(8,), whitening_size=size)
     images = photos(channels=channels)
-    params = jax.device_get(quick_jit(model.init)(jax.random.key(0), images[:1])['params'])
+    params = jax.device_get(jax.jit(model.init)(jax.random.key(0), images[:1])['params'])
     return model, images, params, start(model, params, images)
 
 
@@ -154,9 +152,7 @@ def test_whitened_patches_have_the_identity_as_covariance(channels, size):
     _, images, _, params = started(channels, size)
     dimensions = size * size * channels
     assert params['stem']['whitening'].shape == (size, size, channels, 2 * dimensions)
-    white = quick_jit(airbench.Whiten(size, layers.Style()).apply)(
-        {'params': params['stem']}, images
-    )
+    white = jax.jit(airbench.Whiten(size, layers.Style()).apply)({'params': params['stem']}, images)
     white = np.asarray(white, np.float64).reshape(-1, 2 * dimensions)
     np.testing.assert_allclose(white[:, dimensions:], -white[:, :dimensions], atol=1e-4)
     covariance = np.cov(white[:, :dimensions].T, bias=True)
@@ -223,7 +219,7 @@ def test_all_learns_but_the_whitening_which_is_not_decayed():
         (logits, _), _ = model.apply(variables, images, train=True, mutable=['batch_stats'])
         return -jax.nn.log_softmax(logits)[:, 0].mean()
 
-    gradients = weights.flatten({'params': quick_jit(jax.grad(loss))(params)})
+    gradients = weights.flatten({'params': jax.jit(jax.grad(loss))(params)})
     still = [path for path, gradient in gradients.items() if not np.any(gradient)]
     assert still == ['params/stem/whitening']
     decayed = weights.flatten({'params': optimizers.decay_mask(params)})
@@ -238,7 +234,7 @@ def test_all_learns_but_the_whitening_which_is_not_decayed():
 def test_dirac_kernels_copy_their_input_and_draw_the_rest(shape):
     torch = pytest.importorskip('torch')
     inputs, outputs = shape[-2:]
-    draw = quick_jit(functools.partial(layers.INITIALIZERS['dirac'], shape=shape))
+    draw = jax.jit(functools.partial(layers.INITIALIZERS['dirac'], shape=shape))
     kernel = np.asarray(draw(jax.random.key(0)))
     theirs = torch.zeros(outputs, inputs, *shape[:2])
     torch.nn.init.dirac_(theirs[:inputs])
@@ -254,17 +250,17 @@ def test_a_group_without_norm_and_activation_starts_as_a_pool_of_its_input():
     style = layers.Style('identity', 'none', 'dirac')
     group = airbench.Group(6, 3, False, style)
     x = parity.images_of(8, channels=4)
-    y, _ = quick_jit(lambda x: group.init_with_output(jax.random.key(0), x, train=False))(x)
+    y, _ = jax.jit(lambda x: group.init_with_output(jax.random.key(0), x, train=False))(x)
     np.testing.assert_allclose(y[..., :4], layers.max_pool(x, 2, 2), atol=1e-6)
 
 
 def test_logits_are_scaled_by_a_ninth():
     images = photos(2, 16)
     plain = make_model('airbench94', widths=(8,), logit_scale=1.0)
-    variables = quick_jit(plain.init)(jax.random.key(0), images)
+    variables = jax.jit(plain.init)(jax.random.key(0), images)
     scaled = plain.clone(logit_scale=1 / 9)
     assert scaled == make_model('airbench94', widths=(8,))
-    (theirs, features), (ours, _) = (quick_jit(m.apply)(variables, images) for m in (plain, scaled))
+    (theirs, features), (ours, _) = (jax.jit(m.apply)(variables, images) for m in (plain, scaled))
     np.testing.assert_allclose(9 * ours, theirs, rtol=1e-5)
     kernel = variables['params']['head']['kernel']
     np.testing.assert_allclose(theirs, features['pooled'] @ kernel, rtol=1e-4, atol=1e-5)

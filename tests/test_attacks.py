@@ -13,10 +13,7 @@ from jaxcls import attacks, metrics
 from jaxcls.errors import UserError
 from jaxcls.models import make_model
 
-pytestmark = pytest.mark.usefixtures('quick_compiling')
-
 COUNT = 400
-quick = {'xla_backend_optimization_level': 0}  # random numbers take seconds to compile
 
 
 @pytest.fixture(scope='module')
@@ -26,13 +23,13 @@ def trained():
     image = (digits.images[..., None] / 16).astype(np.float32)
     label = digits.target.astype(np.int32)
     model = make_model('mlp', num_classes=10, hidden=(32,))
-    params = quick_jit(model.init)(jax.random.key(0), image[:1])['params']
+    params = jax.jit(model.init)(jax.random.key(0), image[:1])['params']
     tx = optax.adam(0.01)
 
     def logits(params, image):
         return model.apply({'params': params}, image)[0]
 
-    @quick_jit
+    @jax.jit
     def train(params):
         def loss(params):
             found = logits(params, image[COUNT:])
@@ -50,17 +47,14 @@ def trained():
     return network, image[:COUNT], label[:COUNT]
 
 
-quick_jit = functools.partial(jax.jit, compiler_options=quick)
-
-
-@quick_jit
+@jax.jit
 def begin(index, image, label, epsilon):
     return attacks.start(attacks.example_keys(jax.random.key(0), index), image, label, epsilon)
 
 
 @functools.cache
 def compiled(logits, attack):
-    return quick_jit(lambda state: attack.step(logits, state))
+    return jax.jit(lambda state: attack.step(logits, state))
 
 
 def run(trained, attack, epsilons, index=None):
@@ -157,7 +151,7 @@ def test_neither_padding_nor_the_place_in_the_batch_has_a_say(trained, found):
 def test_run_is_the_same_steps_in_one_program(trained, found):
     logits, image, label = trained
 
-    @quick_jit
+    @jax.jit
     def attacked(epsilon):
         keys = attacks.example_keys(jax.random.key(0), jnp.arange(COUNT))
         return attacks.run(FGSM, logits, keys, image, label, epsilon)
@@ -171,7 +165,7 @@ def test_run_is_the_same_steps_in_one_program(trained, found):
 def test_random_points_fill_the_ball():
     image = np.full((2000, 2, 2, 1), 0.5, np.float32)
 
-    @functools.partial(quick_jit, static_argnames='norm')
+    @functools.partial(jax.jit, static_argnames='norm')
     def drawn(image, norm):
         keys = attacks.example_keys(jax.random.key(0), jnp.arange(2000))
         return attacks.random_point(keys, image, 0.25, norm)

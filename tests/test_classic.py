@@ -17,7 +17,6 @@ from parity import (
     check_training,
     images_of,
     nchw,
-    quick,
     relative,
     torch_module,
     torchvision_model,
@@ -99,7 +98,7 @@ def test_lenet_of_1998_has_the_logits_and_gradients_of_the_paper():
         logits, _ = model.apply({'params': params}, images, train=True)
         return (logits**2).sum(), logits
 
-    ours, ours_logits = jax.jit(jax.grad(loss, has_aux=True), compiler_options=quick)(params)
+    ours, ours_logits = jax.jit(jax.grad(loss, has_aux=True))(params)
     assert relative(ours_logits, logits.detach().numpy()) < 1e-5
     errors = jax.tree.map(relative, ours, theirs)
     assert max(jax.tree.leaves(errors)) < 1e-4, errors
@@ -107,7 +106,7 @@ def test_lenet_of_1998_has_the_logits_and_gradients_of_the_paper():
 
 @pytest.fixture(scope='module')
 def lenet_1998():
-    init = jax.jit(make_model('lenet5_1998').init, compiler_options=quick)
+    init = jax.jit(make_model('lenet5_1998').init)
     return jax.device_get(init(jax.random.key(0), jnp.zeros((1, 28, 28, 1))))['params']
 
 
@@ -204,7 +203,7 @@ def test_dropout_is_in_front_of_the_hidden_layers_in_training_only():
     noisy = make_model('alexnet_small', **{**fields, 'dropout': 0.5})
     images = images_of(16)
 
-    @functools.partial(jax.jit, compiler_options=quick)
+    @jax.jit
     def hidden(key):
         variables = plain.init(key, images)
         noise = {'rngs': {'dropout': jax.random.key(1)}}

@@ -126,13 +126,12 @@ def test_width_is_a_factor_on_all_channels():
 
 
 ONE_BLOCK = {'stage_sizes': (1,), 'widths': (4,), 'stem': 'small'}
-quick_jit = functools.partial(jax.jit, compiler_options=parity.quick)
 
 
 @pytest.mark.parametrize('scale', [1e-6, 0.5])
 def test_a_block_starts_as_its_shortcut_but_for_the_layer_scale(scale):
     model = make_model('convnext_tiny', **ONE_BLOCK, layer_scale=scale)
-    start = quick_jit(lambda images: model.init_with_output(jax.random.key(0), images))
+    start = jax.jit(lambda images: model.init_with_output(jax.random.key(0), images))
     (_, features), variables = start(parity.images_of(8))
     leaf = variables['params']['stage1_block1']['layer_scale']
     np.testing.assert_allclose(leaf, np.full(4, scale, np.float32))

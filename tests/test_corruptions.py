@@ -12,8 +12,6 @@ from scipy import ndimage
 from jaxcls import attacks, corruptions, filters, jpeg
 from jaxcls.errors import UserError
 
-pytestmark = pytest.mark.usefixtures('quick_compiling')
-
 NAMES = list(corruptions.CORRUPTIONS)
 RANDOM = {
     'gaussian_noise', 'shot_noise', 'impulse_noise', 'glass_blur', 'motion_blur', 'snow', 'frost',

@@ -19,13 +19,6 @@ RECIPE = Recipe(
 BATCH_OF_3 = RECIPE._replace(batch_size=3, learning_rate=0.5, weight_decay=0.01)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compile_quickly():
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
-
-
 def states(n):
     """All binary vectors, float32 [2^n, n]."""
     return np.array(list(itertools.product([0, 1], repeat=n)), np.float32)

@@ -200,7 +200,7 @@ def our_step(pair, arrays):
 
     with jax.enable_x64(True):
         model, variables = parity.imported(pair._replace(fields=pair.fields | wide), arrays)
-        step = jax.jit(jax.grad(loss, has_aux=True), compiler_options=parity.quick)
+        step = jax.jit(jax.grad(loss, has_aux=True))
         gradients, (heads, updates) = step(variables['params'])
         ours = weights.state_dict(model, {'params': gradients, **updates}, pair.scheme)
     return {'logits': heads, 'arrays': ours}
@@ -287,7 +287,7 @@ def test_dropout_acts_before_each_head():
     model = make_model('googlenet', width=1 / 16, stem='small', norm='none', **rates)
     variables = random_variables(model, 8)
 
-    @functools.partial(jax.jit, compiler_options=parity.quick)
+    @jax.jit
     @jax.vmap
     def run(key):
         return model.apply(variables, parity.images_of(8), train=True, rngs={'dropout': key})[1]

@@ -9,7 +9,7 @@ from jaxcls.errors import UserError
 from jaxcls.models import make_model
 from jaxcls.models.layers import Style
 from jaxcls.models.mobilenet import MODELS, REFERENCES, STAGES, MBConv, make_divisible
-from parity import Pair, check_evaluation, check_training, images_of, quick
+from parity import Pair, check_evaluation, check_training, images_of
 from parity import timm_model as tm
 from parity import torchvision_model as tv
 
@@ -146,9 +146,7 @@ def test_drop_path_leaves_the_input_of_a_block():
     model = block(drop_path=1 - 1e-7)
     rngs = {'params': jax.random.key(0), 'dropout': jax.random.key(0)}
     run = jax.jit(
-        lambda x, train: model.init_with_output(rngs, x, train=train)[0],
-        static_argnames='train',
-        compiler_options=quick,
+        lambda x, train: model.init_with_output(rngs, x, train=train)[0], static_argnames='train'
     )
     np.testing.assert_array_equal(run(images, train=True), images)
     assert not np.allclose(run(images, train=False), images)

@@ -59,7 +59,6 @@ def images_of(*shape, seed=0):
 
 
 # Compiling is nearly all the work here, most of all that of random bits: hence numpy's below.
-quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 def shapes_of(model, shape):
@@ -240,7 +239,7 @@ def test_training_moves_every_parameter_and_only_training_moves_the_statistics(k
     model, variables = tiny(kind)
     traces = []
 
-    @quick_jit
+    @jax.jit
     def step(variables, images):
         traces.append(1)
         gradients, _, updates = gradients_of(model, variables, images)
@@ -272,7 +271,7 @@ def test_every_kind_of_network_runs_in_bfloat16_close_to_float32(kind):
     model, variables = tiny(kind)
     images = tiny_images(kind)
     (logits, _), (wide, features) = (
-        quick_jit(lambda v, x, m=m: m.apply(v, x, train=False))(variables, images)
+        jax.jit(lambda v, x, m=m: m.apply(v, x, train=False))(variables, images)
         for m in (model.clone(dtype=jnp.bfloat16), model)
     )
     assert logits.dtype == jnp.float32 and jnp.isfinite(logits).all()
@@ -299,7 +298,7 @@ def test_every_kind_of_network_takes_images_of_other_sizes(kind):
 def test_eval_of_an_example_does_not_depend_on_its_batch():
     model, variables = tiny('wrn')
     images = images_of(4, 16, 16, 1)
-    predict = quick_jit(lambda images: model.apply(variables, images, train=False)[0])
+    predict = jax.jit(lambda images: model.apply(variables, images, train=False)[0])
     np.testing.assert_allclose(predict(images)[:1], predict(images[:1]), rtol=1e-4, atol=1e-6)
 
 
@@ -338,7 +337,7 @@ def test_dropout_is_random_in_training_only_and_rate_0_is_the_plain_network(name
     plain, noisy = make_model(name, **{**fields, **rates}), make_model(name, **fields)
     variables = random_variables(noisy, images)
 
-    @quick_jit
+    @jax.jit
     def all_of_them(key):
         def logits(model, train, rngs):
             return model.apply(variables, images, train=train, rngs=rngs)[0]
@@ -368,7 +367,7 @@ class DropPath(nn.Module):
 
 def test_drop_path_drops_whole_examples_and_keeps_the_mean():
     x = jnp.ones((4000, 2, 2, 3))
-    apply = quick_jit(functools.partial(DropPath(0.2).apply, {}, train=True))
+    apply = jax.jit(functools.partial(DropPath(0.2).apply, {}, train=True))
     y = apply(x, rngs={'dropout': jax.random.key(0)})
     per_example = np.asarray(y).reshape(4000, -1)
     assert (per_example == per_example[:, :1]).all()
@@ -385,10 +384,10 @@ def test_drop_path_grows_linearly_to_its_rate():
 def test_zero_init_residual_starts_as_the_identity(fields):
     model = make_model('resnet18', **ONE_BLOCK, stem='small', zero_init_residual=True, **fields)
     images = images_of(2, 8, 8, 3)
-    _, features = quick_jit(model.apply)(random_variables(model, images), images)
+    _, features = jax.jit(model.apply)(random_variables(model, images), images)
     assert not np.allclose(features['stage1'], features['stem'])
-    variables = quick_jit(model.init)(jax.random.key(0), images)
-    _, features = quick_jit(model.apply)(variables, images)
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    _, features = jax.jit(model.apply)(variables, images)
     np.testing.assert_allclose(features['stage1'], features['stem'], rtol=1e-6)
 
 
@@ -452,7 +451,7 @@ def test_disjoint_max_pool_is_reduce_window_with_its_gradient(shape, window):
         lambda x: nn.max_pool(x, (window, window), (window, window)),
     ]
 
-    @quick_jit
+    @jax.jit
     def value_and_gradient(x):
         return [jax.value_and_grad(lambda x, p=pool: (p(x) ** 2).sum())(x) for pool in pools]
 
@@ -483,7 +482,7 @@ def test_a_group_has_16_channels_or_the_next_divisor():
 def test_a_norm_has_mean_0_and_variance_1_over_its_axes(norm, split, axes):
     x = 3 + 2 * images_of(4, 5, 32)
     layer = layers.NORMS[norm](32, True, layers.Style(), name='norm')
-    y, _ = quick_jit(layer.init_with_output)(jax.random.key(0), x)
+    y, _ = jax.jit(layer.init_with_output)(jax.random.key(0), x)
     y = np.asarray(y).reshape(split)
     np.testing.assert_allclose(y.mean(axes), 0, atol=1e-5)
     np.testing.assert_allclose(y.var(axes), 1, atol=1e-3)
@@ -505,13 +504,13 @@ def test_a_norm_has_mean_0_and_variance_1_over_its_axes(norm, split, axes):
 )
 def test_the_variance_of_an_initialiser_is_that_of_its_paper(name, variance):
     draw = functools.partial(layers.INITIALIZERS[name], shape=(3, 3, 40, 80), dtype=jnp.float32)
-    kernel = quick_jit(draw)(jax.random.key(0))
+    kernel = jax.jit(draw)(jax.random.key(0))
     np.testing.assert_allclose(kernel.var(), variance, rtol=0.05)
 
 
 def test_orthogonal_kernels_are_orthogonal():
     draw = functools.partial(layers.INITIALIZERS['orthogonal'], shape=(3, 3, 4, 8))
-    kernel = quick_jit(draw)(jax.random.key(0))
+    kernel = jax.jit(draw)(jax.random.key(0))
     flat = kernel.reshape(-1, 8)
     np.testing.assert_allclose(flat.T @ flat, np.eye(8), atol=1e-5)
 
@@ -628,12 +627,12 @@ def test_resnet_agrees_with_pytorch(name, fields, size):
 
     with torch.no_grad():
         expected = theirs(images, train=False)
-    logits, _ = quick_jit(functools.partial(model.apply, train=False))(variables, images)
+    logits, _ = jax.jit(functools.partial(model.apply, train=False))(variables, images)
     assert relative_error(logits, expected) < 1e-4
 
     expected = theirs(images, train=True)
     (-torch.log_softmax(expected, 1)[:, 0].mean()).backward()
-    compute = quick_jit(functools.partial(gradients_of, model))
+    compute = jax.jit(functools.partial(gradients_of, model))
     gradients, logits, updates = compute(variables, images)
     assert relative_error(logits, expected.detach()) < 1e-4
     ours = flax.traverse_util.flatten_dict(gradients, sep='/')

@@ -10,8 +10,6 @@ from jaxcls import corruptions, evaluation, fit, robustness, runs
 from jaxcls.errors import UserError
 from jaxcls.main import main
 
-pytestmark = pytest.mark.usefixtures('quick_compiling')
-
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):

@@ -15,6 +15,8 @@ from jaxcls import config as config_lib
 from jaxcls import fit, sharding, workdir
 from jaxcls.errors import UserError
 
+pytestmark = pytest.mark.usefixtures('optimized')
+
 TWO_PROCESSES = Path(__file__).parent / 'two_processes.py'
 
 

@@ -10,6 +10,8 @@ from flax import linen as nn
 from jaxcls import augment, losses, optimizers, schedules, steps
 from jaxcls.models import make_model
 
+pytestmark = pytest.mark.usefixtures('optimized')
+
 SHAPE, CLASSES, BATCH = (6, 6, 1), 3, 8
 
 

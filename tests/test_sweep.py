@@ -10,6 +10,8 @@ from jaxcls import config as config_lib
 from jaxcls import experiment, fit, results, runs, seeds, sweep
 from jaxcls.errors import UserError
 
+pytestmark = pytest.mark.usefixtures('optimized')
+
 
 def tiny(**fields):
     config = config_lib.get_config()

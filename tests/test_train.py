@@ -12,6 +12,8 @@ from jaxcls import evaluate, fingerprints, fit, loop, pipeline, sharding, workdi
 from jaxcls import experiment as experiment_lib
 from jaxcls.errors import UserError
 
+pytestmark = pytest.mark.usefixtures('optimized')
+
 
 def small(**fields):
     config = config_lib.get_config()

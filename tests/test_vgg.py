@@ -1,7 +1,5 @@
 """VGG against torchvision and timm."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from parity import (
     check_training,
     images_of,
     parameters,
-    quick,
     shapes_of,
     timm_model,
     torchvision_model,
@@ -109,7 +106,7 @@ def test_training_drops_half_of_every_hidden_layer():
     noisy = model.clone(dropout=0.5)
     images = images_of(8)
 
-    @functools.partial(jax.jit, compiler_options=quick)
+    @jax.jit
     def features(key):
         variables = model.init(key, images)
         noise = {'rngs': {'dropout': jax.random.key(1)}}

@@ -1,7 +1,5 @@
 """Vision Transformers against torchvision and timm; positions of another image size."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,7 +102,7 @@ def test_without_positions_the_order_of_the_patches_is_of_no_account():
     images = parity.images_of(16)
     rolled = np.roll(images, TINY['patch_size'], axis=2)
 
-    @functools.partial(jax.jit, compiler_options=parity.quick)
+    @jax.jit
     def logits(positions, images):
         return model.apply(weights.unflatten({**flat, path: positions}), images)[0]
 
@@ -120,7 +118,7 @@ def test_without_positions_the_order_of_the_patches_is_of_no_account():
 
 def test_it_starts_as_deit_does():
     model = make_model('vit_ti16', **{**TINY, 'width': 64, 'depth': 1}, num_classes=100)
-    init = jax.jit(model.init, compiler_options=parity.quick)
+    init = jax.jit(model.init)
     variables = init(jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32))
     for path, leaf in weights.flatten(jax.device_get(variables)).items():
         kind = path.rpartition('/')[2]

@@ -5,6 +5,8 @@ import pytest
 from . import launch
 from .table import ROWS
 
+pytestmark = pytest.mark.usefixtures('optimized')
+
 
 @pytest.fixture(scope='module', autouse=True)
 def compiled_once(pytestconfig):
