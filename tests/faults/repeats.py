@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,7 @@ def prepared(path: Path, directory: Path) -> ConfigDict:
     if name in _ARRAYS:
         _write_arrays(directory / 'data.npz', name)
         config.data.name = f'npz:{directory / "data.npz"}'
+        config.data.train = re.sub(r'\[:\d+\]', '', config.data.train)  # it has more than there are
     elif name in _FOLDERS:
         _write_folder(directory / 'data', name)
         config.data.name, config.data.validation = f'folder:{directory / "data"}', 'val'
