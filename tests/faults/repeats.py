@@ -93,7 +93,8 @@ def _train(config: ConfigDict, workdir: Path, steps: int):
         with np.load(workdir / 'predictions.npz') as found:
             return dict(found), []
     examples = len(experiment_lib.open_data(resolved).reader.split.source)
-    sweep.fit_seeds(config, workdir, until_epoch=steps * config.batch_size / examples)
+    outcome = sweep.fit_seeds(config, workdir, until_epoch=steps * config.batch_size / examples)
+    assert outcome.stopped == 'paused', outcome.stopped
     runs = results.member_directories(workdir, resolved)
     states = [launch.restored(run) for run in runs]
     assert {int(state.step) for state, _ in states} == {steps}
