@@ -202,9 +202,8 @@ def _write_tflite(function, image_shape, about, path: Path):
             f'LiteRT cannot convert this network ({str(error).splitlines()[0]}). Of a batch of any size it '
             'takes jax.lax.slice_in_dim, and not x[:, 0]. Change the network, or use --format=onnx.'
         ) from None
-    with zipfile.ZipFile(
-        path, 'a', zipfile.ZIP_DEFLATED
-    ) as archive:  # behind the model, as TFLite has it
+    # Behind the model, which is a zip archive by that, as TFLite's own metadata make it.
+    with zipfile.ZipFile(path, 'a', zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(_ABOUT, json.dumps(about, indent=1))
 
 

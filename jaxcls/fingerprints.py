@@ -17,7 +17,7 @@ def manifest(tree: Any) -> dict[str, list]:
     if apart := [path for path, leaf in arrays.items() if not _is_here(leaf)]:
         parts = multihost_utils.process_allgather(np.array([prints[p] for p in apart], np.uint32))
         prints |= dict(zip(apart, parts.sum(axis=0, dtype=np.uint32).tolist(), strict=True))
-    return {path: [*shape, prints[path]] for path, shape in shapes(tree).items()}
+    return {path: [*_shape(leaf), prints[path]] for path, leaf in arrays.items()}
 
 
 def fingerprint(array: jax.Array) -> int:
@@ -85,7 +85,11 @@ def compare(found: dict[str, list], saved: dict[str, list]):
 
 def shapes(like: Any) -> dict[str, list]:
     """`{path: [shape, dtype]}` of every array."""
-    return {key: [list(leaf.shape), str(leaf.dtype)] for key, leaf in plain(like).items()}
+    return {path: _shape(leaf) for path, leaf in plain(like).items()}
+
+
+def _shape(leaf: Any) -> list:
+    return [list(leaf.shape), str(leaf.dtype)]
 
 
 def plain(tree: Any) -> dict[str, Any]:

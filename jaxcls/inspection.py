@@ -255,12 +255,12 @@ def describe_data(config: ConfigDict, sheet: Path, samples: int) -> dict[str, An
       sheet: the file to write.
       samples: how many images are on it: the first batch of so many.
     """
+    from jaxcls import pictures  # slow to import
+
     config = experiment_lib.resolve(config)
     split = experiment_lib.load_split(config, config.data.train)
     reader = experiment_lib.make_reader(config, split, train=True)
     count = np.bincount(read_labels(split.source), minlength=len(split.class_names))
-    from jaxcls import pictures  # slow to import
-
     figure = pictures.sheet(*_augmented(config, reader, samples))
     try:
         figure.savefig(sheet, dpi=120)

@@ -192,9 +192,9 @@ def write(
 
 
 def _draw(workdir: Path, confusion: np.ndarray, records: list[dict[str, Any]]):
-    class_names = workdir_lib.read_data(workdir)['class_names']
     from jaxcls import pictures  # slow to import
 
+    class_names = workdir_lib.read_data(workdir)['class_names']
     pictures.curves(records).savefig(workdir / 'curves.png', dpi=120)
     pictures.confusion_matrix(confusion, class_names).savefig(workdir / 'confusion.png', dpi=120)
 
