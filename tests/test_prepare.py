@@ -1,3 +1,4 @@
+import functools
 import gzip
 import hashlib
 import http.server
@@ -31,14 +32,18 @@ def labels(split: str, classes: int) -> np.ndarray:
     return (np.arange(SIZES[split], dtype=np.uint8) * 7) % classes
 
 
+# Without the time, so that the files are the same in the next second.
+compress = functools.partial(gzip.compress, mtime=0)
+
+
 def mnist_files() -> dict[str, bytes]:
     files = {}
     for split, (image_file, label_file) in MNIST_FILES.items():
         n = SIZES[split]
         header = (0x803).to_bytes(4, 'big') + b''.join(k.to_bytes(4, 'big') for k in (n, 28, 28))
-        files[image_file] = gzip.compress(header + pixels(split, 28, 28).tobytes())
+        files[image_file] = compress(header + pixels(split, 28, 28).tobytes())
         header = (0x801).to_bytes(4, 'big') + n.to_bytes(4, 'big')
-        files[label_file] = gzip.compress(header + labels(split, 10).tobytes())
+        files[label_file] = compress(header + labels(split, 10).tobytes())
     return files
 
 
@@ -63,12 +68,12 @@ def cifar_files(classes: int) -> dict[str, bytes]:
         count = 20 if 'coarse' in file else classes
         content[file] = ''.join(f'{file[0]}{i}\n' for i in range(count)).encode() + b'\n'
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode='w:gz') as tar:
+    with tarfile.open(fileobj=buffer, mode='w') as tar:
         for name, data in reversed(content.items()):
             member = tarfile.TarInfo(f'cifar-{classes}/{name}')
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    return {f'cifar-{classes}-binary.tar.gz': buffer.getvalue()}
+    return {f'cifar-{classes}-binary.tar.gz': compress(buffer.getvalue())}
 
 
 SETS = {
