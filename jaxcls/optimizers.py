@@ -269,7 +269,7 @@ def _schedule_free(base, learning_rate, weight_decay, b1, weight_lr_power):
     return contrib.schedule_free(base, learning_rate, b1, weight_lr_power)
 
 
-def _muon_axes(params: Params) -> Params:
+def muon_axes(params: Params) -> Params:
     """Dense kernels [I, O] as they are, convolutions [H, W, I, O] as [H * W * I, O], no others."""
     axes = {2: contrib.MuonDimensionNumbers(0, 1), 4: contrib.MuonDimensionNumbers((0, 1, 2), 3)}
     return jax.tree.map(lambda p: axes.get(p.ndim), params)
@@ -277,9 +277,7 @@ def _muon_axes(params: Params) -> Params:
 
 # The scale makes Muon's updates as large as those of Adam, which takes the other leaves: one rate
 # serves both (Liu et al., 2025, https://arxiv.org/abs/2502.16982).
-_muon = functools.partial(
-    contrib.muon, muon_weight_dimension_numbers=_muon_axes, consistent_rms=0.2
-)
+_muon = functools.partial(contrib.muon, muon_weight_dimension_numbers=muon_axes, consistent_rms=0.2)
 _lamb = functools.partial(optax.lamb, mask=decay_mask)
 _lars = functools.partial(optax.lars, weight_decay_mask=decay_mask, trust_ratio_mask=decay_mask)
 _lion = functools.partial(optax.lion, weight_decay=0.0)

@@ -46,12 +46,17 @@ def _then(first: View, second: View) -> View:
     return lambda image: second(first(image))
 
 
+def _mirrored(views: list[View]) -> list[View]:
+    return [*views, *(_then(view, _mirror) for view in views)]
+
+
 _SHIFTS = [_same, _shift(-1, 0), _shift(1, 0), _shift(0, -1), _shift(0, 1)]
 VIEWS: dict[str, list[View]] = {
     'none': [_same],
     'flip': [_same, _mirror],
     'shift': _SHIFTS,
-    'flip_shift': [*_SHIFTS, *(_then(shift, _mirror) for shift in _SHIFTS)],
+    'flip_shift': _mirrored(_SHIFTS),
+    'flip_diagonal': _mirrored([_same, _shift(-1, -1), _shift(1, 1)]),  # Jordan 2024's
 }
 
 
@@ -63,7 +68,8 @@ def make_views(
     Args:
       spec: a name of VIEWS: 'none'; 'flip' (the image and its mirror image); 'shift' (the image, and
         moved up, down, left and right by a pixel, by 2 from 64 pixels on); 'flip_shift' (these five
-        and their mirror images). Or a number N, such as '16', at most MAX_VIEWS: the image, and N - 1
+        and their mirror images); 'flip_diagonal' (the image, and moved along the diagonal both ways, and
+        their mirror images). Or a number N, such as '16', at most MAX_VIEWS: the image, and N - 1
         draws of the run's own `config.augment` without what mixes examples (`augment.MIXING`). A draw is the
         same for all images, so that batches and their padding have no say.
       seed: of the draws. Those of a smaller number are among those of a larger one.

@@ -93,8 +93,15 @@ def last_line(command: Sequence[str], name: str) -> str:
 
 
 def _environment(more: dict[str, str]) -> dict[str, str]:
-    """A worker's: with the large pages that `python -m jaxcls.main` starts itself with, for all alike."""
-    return {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1', **os.environ, **more}
+    """A worker's: with the large pages that `python -m jaxcls.main` starts itself with, for all alike.
+
+    Workers share an accelerator: JAX, which takes most of its memory at once, leaves them room.
+    """
+    defaults = {
+        'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1',
+        'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.35',
+    }
+    return {**defaults, **os.environ, **more}
 
 
 def _line(worker: subprocess.Popen, name: str) -> str:

@@ -3,7 +3,7 @@
     python experiments/benchmarks/together.py [lenet5 resnet20 ...] [--seeds=8] [--out=together.json]
 
 Milliseconds of one step of all seeds, each with its own batch, interleaved; and the ratio to one after
-another, with its spread. Spread: every device has its share of the seeds, unrolled; on CPU there is one
+another, with its spread. On an accelerator a program has ten steps. Spread: every device has its share of the seeds, unrolled; on CPU there is one
 virtual device per core. What `seeds.per_program` chooses, it chooses because of this table.
 """
 
@@ -29,11 +29,12 @@ def work(name: str, kind: str, seeds: int):
 
     experiment, batch = step_lib.case(name, 'float32')
     step = experiment.train_step
+    per_call = 1 if jax.default_backend() == 'cpu' else step_lib.STEPS_PER_CALL
     if kind == 'loop':
         init = jax.jit(lambda seed: experiment_lib.init(experiment, seed))
         states = [init(seed) for seed in range(seeds)]
         batches = [jax.device_put(batch) for _ in range(seeds)]
-        run = jax.jit(step, donate_argnums=0)
+        run = jax.jit(step_lib.repeat(step, per_call), donate_argnums=0)
 
         def all_seeds():
             for i in range(seeds):
@@ -55,6 +56,7 @@ def work(name: str, kind: str, seeds: int):
 
         inner = jax.vmap(step) if kind == 'vmap' else unrolled
         spec = PartitionSpec('seeds')
+        inner = step_lib.repeat(inner, per_call)
         run = jax.shard_map(inner, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
         run = jax.jit(run, donate_argnums=0)
 
@@ -64,7 +66,7 @@ def work(name: str, kind: str, seeds: int):
             return sums
 
     repeated, count = step_lib.repeated(all_seeds, jax.block_until_ready)
-    return repeated, {'units': count, 'devices': len(jax.devices())}
+    return repeated, {'units': count * per_call, 'devices': len(jax.devices())}
 
 
 def main():
