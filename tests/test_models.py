@@ -442,23 +442,6 @@ def test_images_that_do_not_fit_are_named_while_tracing(name, images, message):
 # Layers
 
 
-@pytest.mark.parametrize('shape', [(2, 4, 6, 3), (2, 5, 7, 1)])
-@pytest.mark.parametrize('window', [2, 3])
-def test_disjoint_max_pool_is_reduce_window_with_its_gradient(shape, window):
-    x = images_of(*shape)
-    pools = [
-        lambda x: layers.max_pool(x, window, window),
-        lambda x: nn.max_pool(x, (window, window), (window, window)),
-    ]
-
-    @jax.jit
-    def value_and_gradient(x):
-        return [jax.value_and_grad(lambda x, p=pool: (p(x) ** 2).sum())(x) for pool in pools]
-
-    ours, theirs = value_and_gradient(x)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), ours, theirs)
-
-
 def test_partial_avg_pool_averages_what_is_there():
     x = jnp.arange(15.0).reshape(1, 3, 5, 1)
     y = layers.avg_pool(x, 2, 2, partial=True)[0, :, :, 0]

@@ -4,10 +4,10 @@
 
 The same network, uint8 batch and float32, SGD with momentum and an L2 penalty; the batch is on the device
 already. PyTorch is channels_last, on a GPU with cuDNN's benchmark and TF32, which JAX has by default. There
-our step runs ten times a program, as `fit` runs it. A line gives medians in milliseconds, our time over the faster of
-PyTorch's two with its spread, seconds to compile, and two floors: the least time that the convolutions' and
-products' FLOPs take at the rate of this machine's matrix products, and that the bytes that the compiled
-step reads and writes take at the rate at which it reads and writes an array in place.
+our training runs ten steps a program; `fit` runs fifty. A line gives medians in milliseconds, our time over
+the faster of PyTorch's two with its spread, seconds to compile, and two floors: the least time that the
+convolutions' and products' FLOPs take at the rate of this machine's matrix products, and that the bytes that
+the compiled step reads and writes take at the rate at which it reads and writes an array in place.
 """
 
 import argparse

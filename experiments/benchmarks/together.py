@@ -3,8 +3,9 @@
     python experiments/benchmarks/together.py [lenet5 resnet20 ...] [--seeds=8] [--out=together.json]
 
 Milliseconds of one step of all seeds, each with its own batch, interleaved; and the ratio to one after
-another, with its spread. On an accelerator a program has ten steps. Spread: every device has its share of the seeds, unrolled; on CPU there is one
-virtual device per core. What `seeds.per_program` chooses, it chooses because of this table.
+another, with its spread. On an accelerator a program has ten steps. Spread: every device has its share of
+the seeds, unrolled; on CPU there is one virtual device per core. What `seeds.per_program` chooses, it
+chooses because of this table.
 """
 
 import argparse

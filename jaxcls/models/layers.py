@@ -1,8 +1,8 @@
 """What all networks are made of: convolutions, norms, activations, initialisers, pools, heads.
 
 Names in configs (`activation`, `norm`, `kernel_init`, `pool`) are keys of the tables here. Every
-convolution of every model goes through `convolutions.convolve`, every pool through `max_pool` or
-`avg_pool`, so a faster form of one of them is faster everywhere.
+convolution of every model goes through `convolutions.convolve`, every pool through `max_pool` (of
+`maxima.window_maxima`) or `avg_pool`, so a faster form of one of them is faster everywhere.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxcls.errors import UserError
 from jaxcls.models.convolutions import convolve
+from jaxcls.models.maxima import window_maxima
 from jaxcls.registry import lookup
 
 init = jax.nn.initializers
@@ -328,10 +329,8 @@ def max_pool(
     ceil_mode).
     """
     check_window(x, pair(window), pair(padding), 'max pool')
-    if window == stride and padding == 0 and not partial:
-        return _disjoint_max_pool(x, window)
     ends = _overhang(x, window, stride, padding) if partial else (0, 0)
-    return nn.max_pool(x, pair(window), pair(stride), [(padding, padding + end) for end in ends])
+    return window_maxima(x, window, stride, tuple((padding, padding + end) for end in ends))
 
 
 def _overhang(x, window: int, stride: int, padding: int) -> list[int]:
@@ -343,23 +342,6 @@ def _overhang(x, window: int, stride: int, padding: int) -> list[int]:
     ]
     ends = [(count - 1) * stride + window for count in counts]
     return [max(0, end - n - 2 * padding) for end, n in zip(ends, x.shape[1:3], strict=True)]
-
-
-def unstack(x, axis: int) -> list:
-    """The parts of an array along one axis. As slices, which TFLite has for any batch, unlike x[:, 0]."""
-    return [jax.lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])]
-
-
-def _disjoint_max_pool(x, window):
-    # The values of reduce_window, whose gradient takes 3 to 16 times as long on CPU.
-    batch, height, width, channels = x.shape
-    height, width = height // window, width // window
-    x = jax.lax.slice_in_dim(x, 0, height * window, axis=1)
-    x = jax.lax.slice_in_dim(x, 0, width * window, axis=2)
-    x = x.reshape(batch, height, window, width * window, channels)
-    x = functools.reduce(jnp.maximum, unstack(x, 2))
-    x = x.reshape(batch, height, width, window, channels)
-    return functools.reduce(jnp.maximum, unstack(x, 3))
 
 
 def avg_pool(

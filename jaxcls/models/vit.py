@@ -22,8 +22,8 @@ from jaxcls.models.layers import (
     head,
     norm_act,
     style_of,
-    unstack,
 )
+from jaxcls.models.maxima import unstack
 from jaxcls.models.references import Reference
 from jaxcls.registry import lookup
 
