@@ -9,8 +9,8 @@ backwards, 2 cores:
 | 3x3, 2 | 32 x 55 x 55 x 64 | 135 | 12 |
 | 3x3, 1 | 16 x 28 x 28 x 256 | 220 | 50 |
 
-At stride 1, columns of the window and then rows: six looks in place of nine. At stride 2 that is slower (48
-for the first line, 35 for the second).
+A train step of GoogLeNet takes 0.78 of the time with it. At stride 1, columns of the window and then rows:
+six looks in place of nine. At stride 2 that is slower (48 for the first line, 35 for the second).
 """
 
 import functools
