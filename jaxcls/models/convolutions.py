@@ -35,7 +35,12 @@ def convolve(x, kernel, stride: int, padding: tuple[int, int], groups: int = 1) 
     return _convolve((stride, padding, groups), x, kernel)
 
 
+# A network has many convolutions of few shapes: `jit` traces each shape once, and leaves no trace of itself.
+_traced_once = functools.partial(jax.jit, static_argnums=0, inline=True)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@_traced_once
 def _convolve(place, x, kernel):
     plain = functools.partial(_convolution, place)
     on_cpu, _ = _forms_on_cpu(place, x, kernel)
@@ -46,6 +51,7 @@ def _forward(place, x, kernel):
     return _convolve(place, x, kernel), (x, kernel)
 
 
+@_traced_once
 def _backward(place, saved, gradient):
     # All forms start from what all save, so that none makes another keep more.
     plain = functools.partial(_gradients, functools.partial(_convolution, place))

@@ -60,11 +60,15 @@ def _plain(place, x):
     return nn.max_pool(x, window, (stride, stride), pads)
 
 
+_traced_once = functools.partial(jax.jit, static_argnums=0, inline=True)  # as in convolutions.py
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _maxima(place, x):
     return _plain(place, x)
 
 
+@_traced_once
 def _forward(place, x):
     def elsewhere(x):  # where the gradient does without the places
         y = _plain(place, x)
@@ -75,6 +79,7 @@ def _forward(place, x):
     return y, (x, first)
 
 
+@_traced_once
 def _backward(place, saved, gradient):
     def elsewhere(x, first, gradient):
         del first

@@ -8,6 +8,8 @@ are 2 processes; a baseline has 20 images a class. Weights to start from are tho
 same config from fresh ones (of transfer_source, for transfer_target).
 """
 
+import concurrent.futures
+import functools
 import hashlib
 import json
 import os
@@ -126,6 +128,12 @@ def once(path: Path, directory: Path) -> dict[str, str]:
     return {'hash': digest, 'backend': jax.default_backend()}
 
 
+def _in_processes(path: Path, places: list[Path]) -> list[dict[str, str]]:
+    """`once` in fresh processes, two at a time."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return list(pool.map(functools.partial(_in_a_process, path), places))
+
+
 def _in_a_process(path: Path, directory: Path) -> dict[str, str]:
     directory.mkdir(parents=True)
     # Nothing is shared: no compiled programs, no decoded images.
@@ -150,7 +158,7 @@ def repeats(count: int, seed: int, directory: Path) -> str:
     different, backends = [], set()
     for path in chosen:
         places = [directory / path.stem / str(i) for i in range(processes)]
-        found = [_in_a_process(path, place) for place in places]
+        found = _in_processes(path, places)
         backends |= {each['backend'] for each in found}
         if len({each['hash'] for each in found}) > 1:
             different.append(path.stem)
