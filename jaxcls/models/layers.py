@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcls.errors import UserError
+from jaxcls.models.batch_norm import BatchNorm
 from jaxcls.models.convolutions import convolve
 from jaxcls.models.maxima import window_maxima
 from jaxcls.registry import lookup
@@ -106,13 +107,13 @@ class Style:
 # keeps its running ones in training too, to fine-tune with. Group (Wu & He 2018): 16 channels a
 # group, or all where there are fewer. Layer (Ba 2016): over the channels.
 NORMS = {
-    'batch': lambda _channels, train, style, **fields: nn.BatchNorm(
+    'batch': lambda _channels, train, style, **fields: BatchNorm(
         use_running_average=not train,
         momentum=style.norm_momentum,
         epsilon=style.norm_epsilon,
         **fields,
     ),
-    'frozen_batch': lambda _channels, _train, style, **fields: nn.BatchNorm(
+    'frozen_batch': lambda _channels, _train, style, **fields: BatchNorm(
         use_running_average=True, epsilon=style.norm_epsilon, **fields
     ),
     'group': lambda channels, _train, style, **fields: nn.GroupNorm(

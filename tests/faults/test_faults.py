@@ -1,4 +1,4 @@
-"""A small share of each other row of the table: in a file of its own, so that two processes share the work."""
+"""A small share of each other row of the table; two files, so that two processes share the work."""
 
 import pytest
 
