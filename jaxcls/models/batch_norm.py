@@ -49,7 +49,7 @@ class BatchNorm(nn.Module):
             scale = self.param('scale', self.scale_init, channels, self.param_dtype)
         if self.use_bias:
             bias = self.param('bias', init.zeros, channels, self.param_dtype)
-        scale, bias = scale.astype(jnp.float32), bias.astype(jnp.float32)
+        scale, bias = _wide(scale), _wide(bias)
         if self.use_running_average:
             mean, inverse = (
                 running['mean'].value,
@@ -69,12 +69,16 @@ _traced_once = functools.partial(jax.jit, static_argnums=0, inline=True)  # as i
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def normalize(epsilon, x, scale, bias) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [..., C] by its own statistics, times `scale` plus `bias`, float32 [C]: float32 [..., C].
+    """x [..., C] by its own statistics, times `scale` plus `bias` [C], all in at least float32.
 
     Returns:
-      The result, and the batch's mean and (biased) variance, float32 [C], through which no gradient goes.
+      The result [..., C], and the batch's mean and (biased) variance [C], through which no gradient goes.
     """
     return _forward(epsilon, x, scale, bias)[0]
+
+
+def _wide(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _sums(*arrays):
@@ -83,7 +87,7 @@ def _sums(*arrays):
 
 @_traced_once
 def _forward(epsilon, x, scale, bias):
-    wide, count = x.astype(jnp.float32), x.size // x.shape[-1]
+    wide, count = _wide(x), x.size // x.shape[-1]
     mean, square = (total / count for total in _sums(wide, wide**2))
     variance = jnp.maximum(square - mean**2, 0.0)  # rounding can make it negative
     inverse = jax.lax.rsqrt(variance + epsilon)
@@ -96,7 +100,7 @@ def _backward(epsilon, saved, gradients):
     del epsilon
     x, mean, inverse, scale = saved
     gradient, _, _ = gradients
-    centred, count = x.astype(jnp.float32) - mean, x.size // x.shape[-1]
+    centred, count = _wide(x) - mean, x.size // x.shape[-1]
     of_bias, product = _sums(gradient, gradient * centred)
     of_scale = product * inverse
     # What the mean and the variance of the batch take back: the gradient's part along 1 and along x.

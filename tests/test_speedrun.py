@@ -1,0 +1,117 @@
+"""The speed run: its optimiser against the steps written out, and a run from end to end."""
+
+import functools
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from jaxcls.models import airbench
+
+PATH = Path(__file__).parent.parent / 'experiments' / 'speedrun_cifar.py'
+STEPS, BATCH = 8, 10
+
+
+@pytest.fixture(scope='module')
+def speedrun():
+    spec = importlib.util.spec_from_file_location('speedrun', PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
+
+
+def tree(seed):
+    """Leaves of every kind, as parameters or as gradients of the mean loss."""
+    return {
+        'stem': {'whitening': draw(2, 2, 1, 8, seed=seed), 'bias': draw(8, seed=seed)},
+        'stage1': {
+            'conv1': {'kernel': draw(3, 3, 8, 6, seed=seed)},
+            'norm1': {'bias': draw(6, seed=seed)},
+        },
+        'head': {'kernel': draw(6, 3, seed=seed)},
+    }
+
+
+def leaf(node, path):
+    return functools.reduce(dict.get, path, node)
+
+
+def nesterov(p, gradients, rate, steps):
+    """PyTorch's SGD on the loss summed over the batch, its rate falling to 0 in `steps`."""
+    buffer = 0.0
+    for i, gradient in enumerate(gradients):
+        total = BATCH * gradient + 2e-6 * BATCH / rate * p
+        buffer = 0.85 * buffer + total
+        p = p - rate * max(0, 1 - i / steps) * (total + 0.85 * buffer)
+    return p
+
+
+def orthogonal(x):
+    """Three steps of Newton and Schulz with Jordan's coefficients, on [inputs, outputs]."""
+    x = x.T / np.linalg.norm(x)
+    for _ in range(3):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x.T
+
+
+def test_the_steps_of_muons_recipe_are_those_written_out(speedrun):
+    tx = speedrun.with_muon(None, ConfigDict({'batch_size': BATCH}), STEPS)
+    start, gradients = tree(0), [tree(i) for i in (1, 2, 3, 4)]
+    params, state = jax.tree.map(jnp.asarray, start), tx.init(start)
+    for i, gradient in enumerate(gradients):
+        updates, state = jax.jit(tx.update)(gradient, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        if i == 0:
+            kernel = start['stage1']['conv1']['kernel']
+            update = orthogonal(gradient['stage1']['conv1']['kernel'].reshape(72, 6))
+            expected = kernel * np.sqrt(6) / np.linalg.norm(kernel) - 0.24 * update.reshape(
+                3, 3, 8, 6
+            )
+            np.testing.assert_allclose(params['stage1']['conv1']['kernel'], expected, atol=1e-5)
+    parts = {
+        ('stem', 'bias'): (0.053, 3),
+        ('stage1', 'norm1', 'bias'): (0.053, STEPS),
+        ('head', 'kernel'): (0.67, STEPS),
+    }
+    for path, (rate, steps) in parts.items():
+        expected = nesterov(
+            leaf(start, path), [leaf(gradient, path) for gradient in gradients], rate, steps
+        )
+        np.testing.assert_allclose(leaf(params, path), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(params['stem']['whitening'], start['stem']['whitening'])
+
+
+def test_the_covariance_on_the_device_is_that_of_the_model(speedrun):
+    images = np.random.default_rng(0).integers(0, 256, (50, 9, 9, 3), np.uint8)
+    found = speedrun.covariance(images, 2, (0.5,) * 3, (0.25,) * 3)
+    expected = airbench.patch_covariance((images / 255 - 0.5) / 0.25, 2)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    'name', ['airbench94_muon', pytest.param('airbench94', marks=pytest.mark.slow)]
+)
+def test_a_run_depends_on_its_seed_alone(speedrun, name, tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {
+        f'{kind}_{split}': rng.integers(0, high, (40, *shape), np.uint8)
+        for split in ('train', 'test')
+        for kind, high, shape in (('x', 256, (24, 24, 3)), ('y', 4, ()))
+    }
+    np.savez(tmp_path / 'data.npz', **arrays)
+    config, recipe = speedrun.get_config(), speedrun.RECIPES[name]
+    config.model = {**recipe.model, 'widths': (4, 4)}
+    config.data.name = f'npz:{tmp_path / "data.npz"}'
+    config.batch_size, config.epochs, config.warmup_epochs, config.l2 = 8, 0.6, 0.1, 0.0
+    run = speedrun.make_run(config, recipe, 'none')
+    found = [run(seed)['top1'] for seed in (1, 2, 1)]
+    assert found[0] == found[2] and 0 <= min(found) <= max(found) <= 1
