@@ -10,6 +10,7 @@ evaluation.
 
 import contextlib
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -334,6 +335,7 @@ def _decode_to(directory: Path, reader: Reader):
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             _decode_into(part, reader)
+            _free_shared_memory()
             part.rename(directory)
     except OSError as error:
         raise UserError(
@@ -414,6 +416,14 @@ def _iterate(dataset: grain.MapDataset, workers: int):
     return iter(elements)
 
 
+def _free_shared_memory():
+    """What worker processes handed over last, which Grain's closed iterators hold in cycles.
+
+    Left for the end of the program, Python warns of it there.
+    """
+    gc.collect()
+
+
 def _start_worker(_index: int, _count: int):
     """In a worker process: Ctrl-C is the parent's to handle, and where the parent dies, so it does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -486,7 +496,9 @@ def stream(reader: Reader, order: Order, mesh: Mesh, steps: int, workers: int = 
         if state['batches']:
             state['batches'].close()
             _count_unnamed(bad)
-        state.update(next=-1, batches=None)
+            state.update(next=-1, batches=None)
+            if workers:
+                _free_shared_memory()
 
     def items(step: int, count: int):
         if step != state['next']:

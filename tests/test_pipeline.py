@@ -1,4 +1,5 @@
 import functools
+import gc
 import subprocess
 import sys
 import time
@@ -91,6 +92,8 @@ def test_worker_processes_yield_the_same_batches(split):
     order = functools.partial(pipeline.training_order, 3, EXAMPLES, BATCH)
     expected = batches(pipeline.resident(reader, order, mesh), 2, 7)
     assert_same(batches(pipeline.stream(reader, order, mesh, 7, workers=2), 2, 7), expected)
+    # Python would warn of each at the end of the program.
+    assert not [o for o in gc.get_objects() if type(o).__name__ == 'SharedMemoryArray']
 
 
 def test_random_crops_depend_on_the_place_alone(split):
