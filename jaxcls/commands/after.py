@@ -17,7 +17,7 @@ def _evaluate_arguments(parser):
     parser.add_argument(
         '--tta',
         default='none',
-        help="test-time augmentation: 'flip', 'shift', 'flip_shift', or how many views to average: "
+        help="test-time augmentation: 'flip', 'shift', 'flip_shift', 'flip_diagonal', or how many views: "
         "the image and draws of the run's own augmentation",
     )
     common.add_json(parser)
