@@ -57,6 +57,23 @@ def test_it_is_reduce_window_with_its_gradient(place, shape):
     np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize('shape', [(2, 4, 6, 3), (2, 5, 7, 1)])
+@pytest.mark.parametrize('window', [2, 3])
+def test_disjoint_max_pool_is_reduce_window_with_its_gradient(shape, window):
+    x = draws(shape)
+    pools = [
+        lambda x: layers.max_pool(x, window, window),
+        lambda x: nn.max_pool(x, (window, window), (window, window)),
+    ]
+
+    @jax.jit
+    def value_and_gradient(x):
+        return [jax.value_and_grad(lambda x, p=pool: (p(x) ** 2).sum())(x) for pool in pools]
+
+    ours, theirs = value_and_gradient(x)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), ours, theirs)
+
+
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
 def test_it_keeps_the_dtype(dtype):
     x = draws((1, 5, 5, 2), dtype)

@@ -112,7 +112,8 @@ def test_views_are_as_many_in_parts_as_at_once(plain, monkeypatch):
 
 @pytest.mark.parametrize('spec', ['', 'flop', '0', '-2', '2.5', '²', '65', '9' * 5000])
 def test_unknown_views_list_the_known_ones(plain, spec):
-    with pytest.raises(UserError, match='shift, flip_shift, flip_diagonal or the number of'):
+    known = 'must be none, flip, shift, flip_shift, flip_diagonal or the number of'
+    with pytest.raises(UserError, match=known):
         tta.make_predict(plain[0], spec)
 
 

@@ -132,7 +132,7 @@ def ours(name: str, mode: str, precision: str):
             return step(variables, batch['image'])
 
     # Of a loop, XLA counts the body once.
-    moved = (step.cost_analysis() or {}).get('bytes accessed')
+    moved = step.cost_analysis().get('bytes accessed')
     run, count = repeated(work, jax.block_until_ready)
     parameters = sum(np.size(x) for x in jax.tree.leaves(state.params))
     about = {'parameters': parameters, 'compile': seconds, 'flops': flops, 'bytes': moved}

@@ -4,8 +4,8 @@
 
 Milliseconds of one step of all seeds, each with its own batch, interleaved; and the ratio to one after
 another, with its spread. On an accelerator a program has ten steps. Spread: every device has its share of
-the seeds, unrolled; on CPU there is one virtual device per core. What `seeds.per_program` chooses, it
-chooses because of this table.
+the seeds, unrolled; on CPU there is one virtual device per core. `seeds.per_program` takes
+one at a time on CPU because of this table; elsewhere all together, for the compilation that saves.
 """
 
 import argparse

@@ -14,6 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxcls.models.convolutions import traced_once
+
 init = jax.nn.initializers
 
 
@@ -64,9 +66,6 @@ class BatchNorm(nn.Module):
         return y.astype(self.dtype or x.dtype)
 
 
-_traced_once = functools.partial(jax.jit, static_argnums=0, inline=True)  # as in convolutions.py
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def normalize(epsilon, x, scale, bias) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [..., C] by its own statistics, times `scale` plus `bias` [C], all in at least float32.
@@ -85,7 +84,7 @@ def _sums(*arrays):
     return [array.sum(tuple(range(array.ndim - 1))) for array in arrays]
 
 
-@_traced_once
+@traced_once
 def _forward(epsilon, x, scale, bias):
     wide, count = _wide(x), x.size // x.shape[-1]
     mean, square = (total / count for total in _sums(wide, wide**2))
@@ -95,7 +94,7 @@ def _forward(epsilon, x, scale, bias):
     return (y, mean, variance), (x, mean, inverse, scale)
 
 
-@_traced_once
+@traced_once
 def _backward(epsilon, saved, gradients):
     del epsilon
     x, mean, inverse, scale = saved

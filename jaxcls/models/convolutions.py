@@ -24,6 +24,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxcls.models.slices import taps
+
 
 def convolve(x, kernel, stride: int, padding: tuple[int, int], groups: int = 1) -> jax.Array:
     """x [B, H, W, C] * kernel [h, w, C / groups, F] -> [B, H', W', F].
@@ -39,11 +41,11 @@ def convolve(x, kernel, stride: int, padding: tuple[int, int], groups: int = 1) 
 
 
 # A network has many convolutions of few shapes: `jit` traces each shape once, and leaves no trace of itself.
-_traced_once = functools.partial(jax.jit, static_argnums=0, inline=True)
+traced_once = functools.partial(jax.jit, static_argnums=0, inline=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-@_traced_once
+@traced_once
 def _convolve(place, x, kernel):
     plain = functools.partial(_convolution, place)
     on_cpu, _ = _forms_on_cpu(place, x, kernel)
@@ -54,7 +56,7 @@ def _forward(place, x, kernel):
     return _convolve(place, x, kernel), (x, kernel)
 
 
-@_traced_once
+@traced_once
 def _backward(place, saved, gradient):
     # All forms start from what all save, so that none makes another keep more.
     plain = functools.partial(_gradients, functools.partial(_convolution, place))
@@ -122,19 +124,13 @@ def _forms_on_cpu(place, x, kernel):
 
 def _depthwise_on_cpu(place, x, kernel):
     # A sum of shifted products: XLA's own takes 15 to 50 times as long there, its gradient 3 to 15 times.
-    taps = _taps(place, x, kernel)
-    return functools.reduce(jnp.add, (part * kernel[i, j, 0] for (i, j), part in taps))
+    terms = (part * kernel[i, j, 0] for (i, j), part in _taps(place, x, kernel))
+    return functools.reduce(jnp.add, terms)
 
 
 def _taps(place, x, kernel):
-    """What each tap (i, j) of the kernel is multiplied with: x cut to the positions of the result."""
     stride, padding, _ = place
-    edges = ((0, 0, 0), *((p, p, 0) for p in padding), (0, 0, 0))
-    x = jax.lax.pad(x, jnp.zeros((), x.dtype), edges)
-    height, width = (n - k + 1 for n, k in zip(x.shape[1:3], kernel.shape, strict=False))
-    for i in range(kernel.shape[0]):
-        for j in range(kernel.shape[1]):
-            yield (i, j), x[:, i : i + height : stride, j : j + width : stride]
+    return taps(x, kernel.shape[:2], stride, [(p, p) for p in padding])
 
 
 def _gradients_of_depthwise_on_cpu(place, x, kernel, gradient):
@@ -151,11 +147,11 @@ def _dx_of_depthwise(place, x, kernel, gradient):
     zero = jnp.zeros((), gradient.dtype)
 
     def phase(i, j):
-        taps = kernel[i::stride, j::stride][::-1, ::-1]
-        if not taps.size:
+        part = kernel[i::stride, j::stride][::-1, ::-1]
+        if not part.size:
             return jnp.zeros((batch, *counts, channels), gradient.dtype)
-        reach = tuple(n - 1 for n in taps.shape[:2])
-        part = _depthwise_on_cpu((1, reach, groups), gradient, taps)
+        reach = tuple(n - 1 for n in part.shape[:2])
+        part = _depthwise_on_cpu((1, reach, groups), gradient, part)
         ends = ((0, n - m, 0) for n, m in zip(counts, part.shape[1:3], strict=True))
         return jax.lax.pad(part, zero, ((0, 0, 0), *ends, (0, 0, 0)))
 

@@ -14,10 +14,14 @@ six looks in place of nine. At stride 2 that is slower (48 for the first line, 3
 """
 
 import functools
+import itertools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from jaxcls.models.convolutions import traced_once
+from jaxcls.models.slices import taps, unstack
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
@@ -38,11 +42,6 @@ def window_maxima(x, window: int, stride: int, pads: Pads) -> jax.Array:
     return _maxima(((window, window), stride, pads), x)
 
 
-def unstack(x, axis: int) -> list:
-    """The parts of an array along one axis. As slices, which TFLite has for any batch, unlike x[:, 0]."""
-    return [jax.lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])]
-
-
 def _disjoint(x, window):
     # The values of reduce_window, whose gradient takes 3 to 16 times as long on CPU.
     batch, height, width, channels = x.shape
@@ -60,15 +59,12 @@ def _plain(place, x):
     return nn.max_pool(x, window, (stride, stride), pads)
 
 
-_traced_once = functools.partial(jax.jit, static_argnums=0, inline=True)  # as in convolutions.py
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _maxima(place, x):
     return _plain(place, x)
 
 
-@_traced_once
+@traced_once
 def _forward(place, x):
     def elsewhere(x):  # where the gradient does without the places
         y = _plain(place, x)
@@ -79,7 +75,7 @@ def _forward(place, x):
     return y, (x, first)
 
 
-@_traced_once
+@traced_once
 def _backward(place, saved, gradient):
     def elsewhere(x, first, gradient):
         del first
@@ -92,17 +88,9 @@ def _backward(place, saved, gradient):
 _maxima.defvjp(_forward, _backward)
 
 
-def _offsets(window):
-    return [(i, j) for i in range(window[0]) for j in range(window[1])]
-
-
 def _with_places(place, x):
     """The maxima, and where in its window each first is, uint8, row by row."""
-    window, stride, pads = place
-    low = jnp.asarray(-jnp.inf, x.dtype)
-    x = jax.lax.pad(x, low, ((0, 0, 0), (*pads[0], 0), (*pads[1], 0), (0, 0, 0)))
-    height, width = (n - w + 1 for n, w in zip(x.shape[1:3], window, strict=True))
-    parts = [x[:, i : i + height : stride, j : j + width : stride] for i, j in _offsets(window)]
+    parts = [part for _, part in taps(x, *place, fill=-jnp.inf)]
     best, first = parts[0], jnp.zeros(parts[0].shape, jnp.uint8)
     for number, part in enumerate(parts[1:], 1):
         first = jnp.where(part > best, jnp.uint8(number), first)
@@ -123,5 +111,6 @@ def _gradient_on_cpu(place, x, first, gradient):
         part = jnp.where(first == number, gradient, zero)
         return jax.lax.pad(part, zero, ((0, 0, 0), edges(0, i), edges(1, j), (0, 0, 0)))
 
-    terms = (term(number, i, j) for number, (i, j) in enumerate(_offsets(window)))
+    places = itertools.product(*map(range, window))
+    terms = (term(number, i, j) for number, (i, j) in enumerate(places))
     return functools.reduce(jnp.add, terms)

@@ -87,7 +87,7 @@ def pad_shortcut(x, features, stride, _style, *, train, bare):
     weights for CIFAR are of that order.
     """
     del train, bare
-    for axis in (1, 2):  # slices: see maxima.unstack
+    for axis in (1, 2):  # slices: see slices.unstack
         x = jax.lax.slice_in_dim(x, 0, None, stride, axis)
     new = features - x.shape[-1]
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2)))

@@ -23,8 +23,8 @@ from jaxcls.models.layers import (
     norm_act,
     style_of,
 )
-from jaxcls.models.maxima import unstack
 from jaxcls.models.references import Reference
+from jaxcls.models.slices import unstack
 from jaxcls.registry import lookup
 
 # What of the tokens [B, 1 + N, D], the class token first, the last layer reads: [B, D].

@@ -1,0 +1,26 @@
+"""Parts of activations as slices, which all backends and exporters have."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+
+def unstack(x, axis: int) -> list:
+    """The parts of an array along one axis. As slices, which TFLite has for any batch, unlike x[:, 0]."""
+    return [jax.lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])]
+
+
+def taps(x, window, stride: int, pads, fill=0) -> Iterator[tuple[tuple[int, int], jax.Array]]:
+    """What each place (i, j) of a window meets, row by row: of x [B, H, W, C] parts [B, H', W', C].
+
+    Args:
+      window: height and width.
+      pads: values `fill` before and after the height, and the width.
+    """
+    edges = ((0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0))
+    x = jax.lax.pad(x, jnp.asarray(fill, x.dtype), edges)
+    height, width = (n - w + 1 for n, w in zip(x.shape[1:3], window, strict=True))
+    for i in range(window[0]):
+        for j in range(window[1]):
+            yield (i, j), x[:, i : i + height : stride, j : j + width : stride]
