@@ -1,12 +1,12 @@
 """Every shipped experiment resolves, is honest in its header, and lowers for TPU and GPU."""
 
-import importlib.util
 from pathlib import Path
 
 import jax
 import pytest
 from jax import export
 
+import scripts
 from jaxcls import config as config_lib
 from jaxcls import experiment as experiment_lib
 from jaxcls import study as study_lib
@@ -86,11 +86,7 @@ def test_the_train_step_lowers_for_tpu_and_cuda(path):
 
 
 def study(name):
-    path = next(path for path in STUDIES if path.stem == name)
-    spec = importlib.util.spec_from_file_location(f'study_{name}', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load(next(path for path in STUDIES if path.stem == name))
 
 
 @pytest.mark.parametrize('path', STUDIES, ids=lambda path: path.stem)

@@ -1,7 +1,6 @@
 """The speed run: its optimiser against the steps written out, and a run from end to end."""
 
 import functools
-import importlib.util
 from pathlib import Path
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+import scripts
 from jaxcls.models import airbench
 
 PATH = Path(__file__).parent.parent / 'experiments' / 'speedrun_cifar.py'
@@ -18,10 +18,7 @@ STEPS, BATCH = 8, 10
 
 @pytest.fixture(scope='module')
 def speedrun():
-    spec = importlib.util.spec_from_file_location('speedrun', PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load(PATH)
 
 
 def draw(*shape, seed=0):
@@ -108,10 +105,9 @@ def test_a_run_depends_on_its_seed_alone(speedrun, name, tmp_path):
         for kind, high, shape in (('x', 256, (24, 24, 3)), ('y', 4, ()))
     }
     np.savez(tmp_path / 'data.npz', **arrays)
-    config, recipe = speedrun.get_config(), speedrun.RECIPES[name]
-    config.model = {**recipe.model, 'widths': (4, 4)}
+    config = speedrun.get_config(name, batch_size=8, epochs=0.6)
+    config.model.widths = (4, 4)
     config.data.name = f'npz:{tmp_path / "data.npz"}'
-    config.batch_size, config.epochs, config.warmup_epochs, config.l2 = 8, 0.6, 0.1, 0.0
-    run = speedrun.make_run(config, recipe, 'none')
+    run = speedrun.make_run(config, speedrun.RECIPES[name], 'none')
     found = [run(seed)['top1'] for seed in (1, 2, 1)]
     assert found[0] == found[2] and 0 <= min(found) <= max(found) <= 1
