@@ -66,10 +66,15 @@ def environment() -> dict[str, str]:
     }
 
 
-def start(words: list[str]) -> subprocess.Popen:
-    """Starts a program, its output in pipes."""
+def start(words: list[str], more: dict[str, str] | None = None) -> subprocess.Popen:
+    """Starts a program, its output in pipes, with `more` variables in its environment."""
+    return open_process(words, {**environment(), **(more or {})})
+
+
+def open_process(words: list[str], env: dict[str, str]) -> subprocess.Popen:
+    """A new process; the default test suite forks one instead."""
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
-    return subprocess.Popen(words, env=environment(), **pipes)
+    return subprocess.Popen(words, env=env, **pipes)
 
 
 def end(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str, str]:

@@ -132,8 +132,7 @@ def _start(path: Path, number: int, port: int, tell: bool, timeout: int) -> subp
         'JAX_PROCESS_ID': str(number),
         'JAXCLS_START_TIMEOUT': str(timeout),
     }
-    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
-    return subprocess.Popen(words, env={**launch.environment(), **variables}, **pipes)
+    return launch.start(words, variables)
 
 
 def _pair(path: Path, tell: bool, timeout: int) -> list[subprocess.Popen]:
