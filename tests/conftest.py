@@ -1,6 +1,7 @@
 """Eight virtual devices for the tests of sharding, one for all others; real data where they are."""
 
 import contextlib
+import gc
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from jaxcls import results, sharding
 from jaxcls.commands import common
 
 jax.config.update('jax_num_cpu_devices', 8)
+gc.set_threshold(100_000, 50, 100)  # tracing makes objects by the million: 5% of the time was this
 
 
 @pytest.fixture(scope='session', autouse=True)
