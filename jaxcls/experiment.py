@@ -369,7 +369,10 @@ def build(
     tx = change_tx(optax.chain(tx, prune) if prune else tx)
     loss = losses.make_loss(**config.loss, class_counts=class_counts)
     lesson = distillation.make_lesson(**config.teacher) if teacher else None
-    train_step = _train_step(config, model, loss, tx, private, lesson, teacher)
+    # Traced once, for `abstract_checkpoint` and for what is compiled.
+    train_step = jax.jit(
+        _train_step(config, model, loss, tx, private, lesson, teacher), inline=True
+    )
     predict = steps.make_predict(model, data.mean, data.std)
     return Experiment(
         config, tuple(image_shape), num_classes, examples, model, tx, learning_rate, train_step,
@@ -422,8 +425,9 @@ def _layers(config: ConfigDict, model: nn.Module, image_shape) -> list[str]:
             order.append(path[0])
         return next_fun(*args, **kwargs)
 
+    initialize = functools.partial(_variables.__wrapped__, model, image_shape)
     with nn.intercept_methods(record):
-        shapes = jax.eval_shape(lambda: _variables(model, image_shape, jax.random.key(0)))
+        shapes = jax.eval_shape(initialize, jax.random.key(0))
     params = shapes['params']
     frozen = jax.tree.leaves(optimizers.frozen_mask(params, config.freeze))
     if (config.freeze and not any(frozen)) or all(frozen):
@@ -447,6 +451,7 @@ def _check_batch_stats(config: ConfigDict, model: nn.Module, image_shape):
         )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)  # shapes and values need one trace
 def _variables(model: nn.Module, image_shape, key: jax.Array) -> dict[str, Any]:
     return model.init(key, jnp.zeros((1, *image_shape), model.dtype), train=False)
 
@@ -509,12 +514,15 @@ def initial_state(
 
 def abstract_checkpoint(experiment: Experiment, mesh: Mesh) -> tuple[steps.TrainState, Any]:
     """Shapes of what a checkpoint holds: the state, and the training sums since the last log line."""
-    abstract = abstract_state(experiment, mesh)
-    _, sums = jax.eval_shape(experiment.train_step, abstract, raw_batch(experiment))
-    place = sharding.replicated(mesh)
-    return abstract, jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), sums
-    )
+    abstract, place = abstract_state(experiment, mesh), sharding.replicated(mesh)
+
+    def on_mesh(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    # On the mesh, as the step is compiled: else it would be traced once more there.
+    batch = jax.tree.map(on_mesh, raw_batch(experiment))
+    _, sums = jax.eval_shape(experiment.train_step, abstract, batch)
+    return abstract, jax.tree.map(on_mesh, sums)
 
 
 def check_rows(experiment: Experiment, mesh: Mesh):
