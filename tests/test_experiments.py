@@ -24,8 +24,8 @@ DATA = {
 }
 
 
-# Those whose train step takes most of ten seconds to trace.
-LARGE = ('finetune_photos', 'googlenet_cifar')
+# Those whose train step takes five to ten seconds to trace.
+LARGE = ('finetune_photos', 'googlenet_cifar', 'resnet50_imagenet')
 
 
 @pytest.fixture(params=EXPERIMENTS, ids=lambda path: path.stem)

@@ -38,7 +38,7 @@ CONFIGS = sorted(
     path for path in (ROOT / 'experiments').glob('*.py') if 'get_config' in path.read_text()
 )
 # Those that take seconds; the default test suite draws from them.
-SMALL = ('logistic_mnist',)
+SMALL = ('lenet_digits',)
 STEPS, PROCESSES = 10, 3
 FLAG = 'XLA_FLAGS=--xla_gpu_deterministic_ops=true'
 # Of noise: image shape, classes, training images of each.
