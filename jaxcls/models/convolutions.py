@@ -5,7 +5,8 @@ batch 128 (8 at 56 pixels).
 
 | convolution | what | XLA's | here |
 |---|---|---|---|
-| 5x5, 1 to 6 features, 28 pixels | forwards | 10.7 | 4.2 |
+| 5x5, 1 to 6 features, 28 pixels | forwards | 6.6 | 1.0 |
+| 3x3, 3 to 16, 32 pixels | forwards | 6.1 | 2.8 |
 | 3x3, 16 to 16, 32 pixels | forwards, and for x | 8.6 | 6.7 |
 | 1x1, 64 to 256, 56 pixels | for the kernel | 15.4 | 11.4 |
 
@@ -116,8 +117,11 @@ def _forms_on_cpu(place, x, kernel):
     if groups == 1 and kernel.shape[:2] == (1, 1) and padding == (0, 0):
         return None, functools.partial(_gradients_of_pointwise_on_cpu, place)
     if groups == 1:
-        wide = _neighbours(place, x, kernel) > 1
-        form = functools.partial(_wide_on_cpu, place) if wide else None
+        if place[0] == 1 and x.shape[-1] <= 4:
+            form = _blocks_on_cpu
+        else:
+            form = _wide_on_cpu if _neighbours(place, x, kernel) > 1 else None
+        form = form and functools.partial(form, place)
         return form, functools.partial(_gradients_on_cpu, place)
     return None, None
 
@@ -205,6 +209,30 @@ def _wide_on_cpu(place, x, kernel):
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     )
     return y.reshape(*y.shape[:2], -1, kernel.shape[-1])
+
+
+def _blocks_on_cpu(place, x, kernel):
+    # Eigen copies what a kernel meets number by number where x has 1 or 3 features. So columns are taken
+    # together, as features, and as many outputs computed as one, by a kernel with zeros in it.
+    (_, padding, _), (rows, columns, channels, features) = place, kernel.shape
+    count = 4 if features <= 32 else 2
+    width = x.shape[2] + 2 * padding[1] - columns + 1
+    outputs, inputs = -(-width // count), -(-(columns + count - 1) // count)
+    blocks = outputs + inputs - 1
+    right = blocks * count - padding[1] - x.shape[2]
+    zero = jnp.zeros((), x.dtype)
+    x = jax.lax.pad(x, zero, ((0, 0, 0), (0, 0, 0), (padding[1], right, 0), (0, 0, 0)))
+    x = x.reshape(*x.shape[:2], blocks, count * channels)
+    shifts = [((0, 0), (i, inputs * count - columns - i), (0, 0), (0, 0)) for i in range(count)]
+    wide = jnp.concatenate([jnp.pad(kernel, shift) for shift in shifts], axis=-1)
+    y = jax.lax.conv_general_dilated(
+        x,
+        wide.reshape(rows, inputs, count * channels, count * features),
+        window_strides=(1, 1),
+        padding=[(padding[0], padding[0]), (0, 0)],
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+    return y.reshape(*y.shape[:2], -1, features)[:, :, :width]
 
 
 def _gradients_on_cpu(place, x, kernel, gradient):
