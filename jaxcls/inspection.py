@@ -192,10 +192,11 @@ def count_flops(function, *args) -> int:
         total = 0
         for equation in jaxpr.eqns:
             inner = [count(part) for part in jax.extend.core.jaxprs_in_params(equation.params)]
-            # Of branches one runs. A platform's own form of a convolution may multiply by zeros too,
-            # or have no products at all: neither counts.
+            # Of branches one runs. Of a convolution's forms the last is XLA's own, on any platform: others
+            # multiply by zeros too, or have fewer products.
             if equation.primitive.name == 'cond':
-                inner = [min(filter(None, inner), default=0)]
+                of_platforms = equation.params.get('branches_platforms')
+                inner = [inner[-1] if of_platforms else max(inner)]
             total += sum(inner)
             total += _flops(equation)
         return total

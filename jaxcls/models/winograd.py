@@ -1,0 +1,159 @@
+"""Convolutions of 3x3 by Winograd's minimal filtering (Lavin & Gray 2016), with tiles of 4x4 outputs.
+
+A tile takes 36 products of features in place of 144, and more sums, which do not grow with the features.
+In float32 results differ from plain sums by up to 2e-5 of the largest value, gradients by the kernel by 1e-5.
+Times of 2 cores with AVX2, XLA's convolution to this, in milliseconds, batch 128:
+
+| features, pixels | forwards, and for x | for the kernel |
+|---|---|---|
+| 128, 16 | 72 to 48 | 89 to 57 |
+| 256, 8 | 72 to 43 | 79 to 35 |
+| 512, 4 | 72 to 47 | 68 to 37 |
+
+With 64 features both take as long, with 32 this takes longer.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+TILE = 4
+# Of the tile's inputs, of the kernel and of the products, along one axis: the points 0, 1, -1, 2, -2 and
+# infinity.
+_INPUT = (
+    (4, 0, -5, 0, 1, 0),
+    (0, -4, -4, 1, 1, 0),
+    (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0),
+    (0, 2, -1, -2, 1, 0),
+    (0, 4, 0, -5, 0, 1),
+)
+_KERNEL = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
+_OUTPUT = (
+    (1, 1, 1, 1, 1, 0),
+    (0, 1, -1, 2, -2, 0),
+    (0, 1, 1, 4, 4, 0),
+    (0, 1, -1, 8, -8, 1),
+)
+
+
+def cost_of_tiles(shape, kernel_shape, padding: tuple[int, int], stride: int, groups: int) -> float:
+    """About the part of the plain form's products that this takes; infinite where it does not apply.
+
+    What the kernel's own sums take, 64 tiles' products, decides in small batches. A batch of any size, as
+    exports have it, may be a small one.
+    """
+    if (
+        not isinstance(shape[0], int)
+        or stride > 1
+        or groups > 1
+        or kernel_shape[:2] != (3, 3)
+        or min(kernel_shape[2:]) < 128
+    ):
+        return math.inf
+    size = [n + 2 * p - 2 for n, p in zip(shape[1:3], padding, strict=True)]
+    return 4 * (shape[0] * math.prod(_tiles(size)) + 64) / (shape[0] * math.prod(size))
+
+
+def in_tiles(x, kernel, padding: tuple[int, int], apart) -> jax.Array:
+    """x [B, H, W, C] * kernel [3, 3, C, F] -> [B, H', W', F], at stride 1.
+
+    Args:
+      padding: zeros on both sides of the height and of the width.
+      apart: makes a function of arrays one that is not fused with what is round it.
+    """
+    height, width = (n + 2 * p - 2 for n, p in zip(x.shape[1:3], padding, strict=True))
+    tiles, features = _tiles((height, width)), kernel.shape[3]
+
+    def outputs(*products):
+        products = [p.reshape(len(x), *tiles, features) for p in products]
+        rows = [_combine(_OUTPUT, products[i : i + 6]) for i in range(0, 36, 6)]
+        columns = [_combine(_OUTPUT, column) for column in zip(*rows, strict=True)]
+        y = jnp.stack([jnp.stack(row, 3) for row in zip(*columns, strict=True)], 2)
+        return y.reshape(len(x), TILE * tiles[0], TILE * tiles[1], features)[:, :height, :width]
+
+    pairs = zip(_inputs(x, padding, tiles, apart), _kernels(kernel, apart), strict=True)
+    return apart(outputs)(*[a @ b for a, b in pairs])
+
+
+def kernel_gradient_in_tiles(x, gradient, padding: tuple[int, int], apart) -> jax.Array:
+    """The gradient by the kernel of `in_tiles`: x [B, H, W, C], gradient [B, H', W', F] -> [3, 3, C, F]."""
+    tiles = _tiles(gradient.shape[1:3])
+    spread, gathered = (list(zip(*m, strict=True)) for m in (_OUTPUT, _KERNEL))
+
+    def rows(gradient):
+        sizes = zip(gradient.shape[1:3], tiles, strict=True)
+        ends = [(0, TILE * count - n, 0) for n, count in sizes]
+        gradient = jax.lax.pad(
+            gradient, jnp.zeros((), gradient.dtype), ((0, 0, 0), *ends, (0, 0, 0))
+        )
+        return _combine(spread, [_every(gradient, i, tiles[0], 1) for i in range(4)])
+
+    def columns(*rows):
+        return [
+            part.reshape(-1, gradient.shape[3])
+            for row in rows
+            for part in _combine(spread, [_every(row, j, tiles[1], 2) for j in range(4)])
+        ]
+
+    def kernels(*products):
+        rows = [_combine(gathered, products[i : i + 6]) for i in range(0, 36, 6)]
+        columns = [_combine(gathered, column) for column in zip(*rows, strict=True)]
+        return jnp.stack([jnp.stack(row) for row in zip(*columns, strict=True)])
+
+    pairs = zip(
+        _inputs(x, padding, tiles, apart), apart(columns)(*apart(rows)(gradient)), strict=True
+    )
+    # XLA transposes what is on the left.
+    return apart(kernels)(*[jnp.einsum('nf,nc->fc', b, a).T for a, b in pairs])
+
+
+def _tiles(size) -> list[int]:
+    return [-(-n // TILE) for n in size]
+
+
+def _inputs(x, padding, tiles, apart):
+    """36 arrays [tiles of all images, C]."""
+    sizes = zip(x.shape[1:3], padding, tiles, strict=True)
+    ends = [(p, TILE * count + 2 - p - n, 0) for n, p, count in sizes]
+
+    def rows(x):
+        x = jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
+        return _combine(_INPUT, [_every(x, i, tiles[0], 1) for i in range(6)])
+
+    def columns(*rows):
+        return [
+            part.reshape(-1, x.shape[3])
+            for row in rows
+            for part in _combine(_INPUT, [_every(row, j, tiles[1], 2) for j in range(6)])
+        ]
+
+    return apart(columns)(*apart(rows)(x))
+
+
+def _kernels(kernel, apart):
+    """36 arrays [C, F]."""
+    rows = apart(lambda kernel: _combine(_KERNEL, list(kernel)))(kernel)
+    return apart(lambda *rows: [p for row in rows for p in _combine(_KERNEL, list(row))])(*rows)
+
+
+def _every(x, start: int, count: int, axis: int):
+    """What lies at `start` in each of so many tiles."""
+    stop = start + TILE * (count - 1) + 1
+    return jax.lax.slice_in_dim(x, start, stop, TILE, axis)
+
+
+def _combine(matrix, parts):
+    """The matrix times a list of arrays."""
+    return [
+        sum(factor * part for factor, part in zip(row, parts, strict=True) if factor)
+        for row in matrix
+    ]
