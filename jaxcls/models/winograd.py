@@ -75,43 +75,24 @@ def in_tiles(x, kernel, padding: tuple[int, int], apart) -> jax.Array:
 
     def outputs(*products):
         products = [p.reshape(len(x), *tiles, features) for p in products]
-        rows = [_combine(_OUTPUT, products[i : i + 6]) for i in range(0, 36, 6)]
-        columns = [_combine(_OUTPUT, column) for column in zip(*rows, strict=True)]
-        y = jnp.stack([jnp.stack(row, 3) for row in zip(*columns, strict=True)], 2)
+        y = jnp.stack([jnp.stack(row, 3) for row in _gather(_OUTPUT, products)], 2)
         return y.reshape(len(x), TILE * tiles[0], TILE * tiles[1], features)[:, :height, :width]
 
-    pairs = zip(_inputs(x, padding, tiles, apart), _kernels(kernel, apart), strict=True)
+    inputs = _spread(_INPUT, x, padding, tiles, apart)
+    pairs = zip(inputs, _kernels(kernel, apart), strict=True)
     return apart(outputs)(*[a @ b for a, b in pairs])
 
 
 def kernel_gradient_in_tiles(x, gradient, padding: tuple[int, int], apart) -> jax.Array:
     """The gradient by the kernel of `in_tiles`: x [B, H, W, C], gradient [B, H', W', F] -> [3, 3, C, F]."""
     tiles = _tiles(gradient.shape[1:3])
-    spread, gathered = (list(zip(*m, strict=True)) for m in (_OUTPUT, _KERNEL))
-
-    def rows(gradient):
-        sizes = zip(gradient.shape[1:3], tiles, strict=True)
-        ends = [(0, TILE * count - n, 0) for n, count in sizes]
-        gradient = jax.lax.pad(
-            gradient, jnp.zeros((), gradient.dtype), ((0, 0, 0), *ends, (0, 0, 0))
-        )
-        return _combine(spread, [_every(gradient, i, tiles[0], 1) for i in range(4)])
-
-    def columns(*rows):
-        return [
-            part.reshape(-1, gradient.shape[3])
-            for row in rows
-            for part in _combine(spread, [_every(row, j, tiles[1], 2) for j in range(4)])
-        ]
+    of_output, of_kernel = (list(zip(*m, strict=True)) for m in (_OUTPUT, _KERNEL))
 
     def kernels(*products):
-        rows = [_combine(gathered, products[i : i + 6]) for i in range(0, 36, 6)]
-        columns = [_combine(gathered, column) for column in zip(*rows, strict=True)]
-        return jnp.stack([jnp.stack(row) for row in zip(*columns, strict=True)])
+        return jnp.stack([jnp.stack(row) for row in _gather(of_kernel, products)])
 
-    pairs = zip(
-        _inputs(x, padding, tiles, apart), apart(columns)(*apart(rows)(gradient)), strict=True
-    )
+    inputs = _spread(_INPUT, x, padding, tiles, apart)
+    pairs = zip(inputs, _spread(of_output, gradient, (0, 0), tiles, apart), strict=True)
     # XLA transposes what is on the left.
     return apart(kernels)(*[jnp.einsum('nf,nc->fc', b, a).T for a, b in pairs])
 
@@ -120,23 +101,31 @@ def _tiles(size) -> list[int]:
     return [-(-n // TILE) for n in size]
 
 
-def _inputs(x, padding, tiles, apart):
-    """36 arrays [tiles of all images, C]."""
+def _spread(matrix, x, padding, tiles, apart):
+    """The matrix from both sides of each tile of x [B, H, W, C]: 36 arrays [tiles of all images, C]."""
+    taps = len(matrix[0])
     sizes = zip(x.shape[1:3], padding, tiles, strict=True)
-    ends = [(p, TILE * count + 2 - p - n, 0) for n, p, count in sizes]
+    ends = [(p, TILE * (count - 1) + taps - p - n, 0) for n, p, count in sizes]
 
     def rows(x):
         x = jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
-        return _combine(_INPUT, [_every(x, i, tiles[0], 1) for i in range(6)])
+        return _combine(matrix, [_every(x, i, tiles[0], 1) for i in range(taps)])
 
     def columns(*rows):
         return [
             part.reshape(-1, x.shape[3])
             for row in rows
-            for part in _combine(_INPUT, [_every(row, j, tiles[1], 2) for j in range(6)])
+            for part in _combine(matrix, [_every(row, j, tiles[1], 2) for j in range(taps)])
         ]
 
     return apart(columns)(*apart(rows)(x))
+
+
+def _gather(matrix, products):
+    """The matrix from both sides of 6 by 6 products: rows of columns."""
+    rows = [_combine(matrix, products[i : i + 6]) for i in range(0, 36, 6)]
+    columns = [_combine(matrix, column) for column in zip(*rows, strict=True)]
+    return zip(*columns, strict=True)
 
 
 def _kernels(kernel, apart):
