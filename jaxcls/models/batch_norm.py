@@ -2,8 +2,10 @@
 
 Of Flax's module, differentiated operation by operation, XLA makes three passes over the activations
 backwards, as read off a program for a GPU: one for the gradient of the bias, one for what else is summed, one
-for the gradient itself. Here the sums are one pass. On 2 CPU cores the train step moves 6% fewer bytes with
-ResNet-20 and 3% with MobileNetV2, takes 0.98 and 0.96 of the time, and is traced faster.
+for the gradient itself. Here the sums are one pass. And output and gradient are sums of multiples of what
+there is: centred activations, used twice, XLA would keep on CPU, in a pass of their own. On 2 CPU cores the
+train step moves 12% fewer bytes with ResNet-20 and 9% with MobileNetV2, takes 0.94 and 0.93 of the time, and
+is traced faster.
 """
 
 import functools
@@ -90,7 +92,8 @@ def _forward(epsilon, x, scale, bias):
     mean, square = (total / count for total in _sums(wide, wide**2))
     variance = jnp.maximum(square - mean**2, 0.0)  # rounding can make it negative
     inverse = jax.lax.rsqrt(variance + epsilon)
-    y = (wide - mean) * (inverse * scale) + bias
+    factor = inverse * scale
+    y = wide * factor + (bias - mean * factor)
     return (y, mean, variance), (x, mean, inverse, scale)
 
 
@@ -99,12 +102,14 @@ def _backward(epsilon, saved, gradients):
     del epsilon
     x, mean, inverse, scale = saved
     gradient, _, _ = gradients
-    centred, count = _wide(x) - mean, x.size // x.shape[-1]
-    of_bias, product = _sums(gradient, gradient * centred)
+    wide, count = _wide(x), x.size // x.shape[-1]
+    of_bias, product = _sums(gradient, gradient * (wide - mean))
     of_scale = product * inverse
     # What the mean and the variance of the batch take back: the gradient's part along 1 and along x.
-    rest = gradient - (of_bias + centred * (inverse * of_scale)) / count
-    return (rest * (inverse * scale)).astype(x.dtype), of_scale, of_bias
+    factor, along_x = inverse * scale, inverse * of_scale / count
+    constant = of_bias / count - along_x * mean
+    dx = factor * gradient - (factor * along_x) * wide - factor * constant
+    return dx.astype(x.dtype), of_scale, of_bias
 
 
 normalize.defvjp(_forward, _backward)
