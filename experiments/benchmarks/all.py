@@ -3,7 +3,8 @@
     pip install -e '.[bench]'
     python experiments/benchmarks/all.py [--only step program ...] [--out=runs/benchmarks]
 
-Leave the machine alone meanwhile. What is compared, and how, stands at the top of each script.
+Leave the machine alone meanwhile. What is compared, and how, stands at the top of each script. All take
+hours: with `--only`, what the others wrote there before, on this machine, is kept beside.
 """
 
 import argparse
@@ -58,6 +59,12 @@ def machine() -> dict:
     return {'cores': os.cpu_count(), 'machine': platform.machine(), **versions}
 
 
+def collect(folder: Path) -> dict:
+    """What each script has written there."""
+    files = {name: folder / f'{name}.json' for name in SCRIPTS}
+    return {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
+
+
 def main():
     """Runs the scripts one after another."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
@@ -65,12 +72,11 @@ def main():
     parser.add_argument('--out', type=Path, default=Path('runs/benchmarks'))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    found = {'machine': machine()}
     for name in args.only:
-        out = args.out / f'{name}.json'
         print(f'\n{name}', flush=True)
+        out = args.out / f'{name}.json'
         subprocess.run([sys.executable, FOLDER / f'{name}.py', '--out', out], check=True)
-        found[name] = json.loads(out.read_text())
+        found = {'machine': machine(), **collect(args.out)}
         (args.out / 'benchmarks.json').write_text(json.dumps(found, indent=1) + '\n')
     plot(found, args.out / 'benchmarks.png')
     print(f'\n{args.out / "benchmarks.json"}, {args.out / "benchmarks.png"}')
