@@ -1,6 +1,6 @@
 """The convolution of all networks: XLA's own on accelerators, on CPU the fastest exact form for its shape.
 
-Every form but one computes the same sums, some in another order. Times are of 2 cores with AVX2, in
+All forms but Winograd's compute the same sums, some in another order. Times are of 2 cores with AVX2, in
 milliseconds, batch 128 (8 from 56 pixels on).
 
 | convolution | what | XLA's | here |
@@ -12,9 +12,10 @@ milliseconds, batch 128 (8 from 56 pixels on).
 | 3x3, 16 to 16, 32 pixels | forwards, and for x | 8.6 | 6.7 |
 | 1x1, 64 to 256, 56 pixels | for the kernel | 15.4 | 11.4 |
 
-From 128 features on and in enough images, 3x3 at stride 1 is done in tiles (`winograd.py`), which alone
-differs by more than rounding: a train step of ResNet-18 takes 0.77 of the time, of WRN-16-4 0.75, of
-ResNet-50 0.93, and compiles in 25, 17 and 22 s, not 7, 4 and 13.
+From 32 features on, 3x3 at stride 1 is done by Winograd's sums (`winograd.py`), which alone differ by more
+than rounding. In tiles, from 128 features on and in enough images, a train step of ResNet-18 takes 0.77 of
+the time, of WRN-16-4 0.75, of ResNet-50 0.93. With rows elsewhere it takes 0.92, 0.75 and 0.85 of that, and
+of ResNet-20 0.90. They compile in 19, 14, 16 and 8 s, not 7, 4, 13 and 4.
 
 Depthwise, XLA's own takes 15 to 50 times as long as the sum of shifted products, which is read from padded
 activations: padding each product takes 5 to 7 times as long from 5x5 on. Its gradient by x is such a sum
@@ -33,8 +34,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jaxcls.models import winograd
 from jaxcls.models.slices import taps
-from jaxcls.models.winograd import cost_of_tiles, in_tiles, kernel_gradient_in_tiles
 
 
 def convolve(x, kernel, stride: int, padding: tuple[int, int], groups: int = 1) -> jax.Array:
@@ -129,13 +130,20 @@ def _forms_on_cpu(place, x, kernel):
             form = _phases_on_cpu
         elif place[0] == 1 and x.shape[-1] <= 4:
             form = _blocks_on_cpu
-        elif _cost_in_tiles(place, x, kernel) <= 0.4:
-            form = _tiles_on_cpu
         else:
-            form = _wide_on_cpu if _neighbours(place, x, kernel) > 1 else None
+            form = _faster_form(place, x, kernel)
         form = form and functools.partial(form, place)
         return form, functools.partial(_gradients_on_cpu, place)
     return None, None
+
+
+def _faster_form(place, x, kernel):
+    """`(place, x, kernel) -> y` of many features, for stride 1; None where XLA's own is as fast."""
+    if _cost_in_tiles(place, x, kernel) <= 0.4:
+        return _tiles_on_cpu
+    if _pays_in_rows(place, x, kernel):
+        return _rows_on_cpu
+    return _wide_on_cpu if _neighbours(place, x, kernel) > 1 else None
 
 
 def _depthwise_on_cpu(place, x, kernel):
@@ -315,11 +323,25 @@ def _cost_in_tiles(place, x, kernel) -> float:
     if x.dtype.itemsize < 4:
         return math.inf
     stride, padding, groups = place
-    return cost_of_tiles(x.shape, kernel.shape, padding, stride, groups)
+    return winograd.cost_of_tiles(x.shape, kernel.shape, padding, stride, groups)
 
 
 def _tiles_on_cpu(place, x, kernel):
-    return in_tiles(x, kernel, place[1], functools.partial(_apart, kernel=kernel))
+    return winograd.in_tiles(x, kernel, place[1], functools.partial(_apart, kernel=kernel))
+
+
+def _pays_in_rows(place, x, kernel) -> bool:
+    stride, padding, groups = place
+    return x.dtype.itemsize >= 4 and winograd.pays_in_rows(
+        x.shape, kernel.shape, padding, stride, groups
+    )
+
+
+def _rows_on_cpu(place, x, kernel):
+    _, padding, _ = place
+    convolve_rows = functools.partial(_convolution, (1, (0, padding[1]), 1))
+    apart = functools.partial(_apart, kernel=kernel)
+    return winograd.in_rows(x, kernel, padding, convolve_rows, apart)
 
 
 def _gradients_on_cpu(place, x, kernel, gradient):
@@ -332,10 +354,9 @@ def _gradients_on_cpu(place, x, kernel, gradient):
     stride, padding, _ = place
     turned = kernel[::-1, ::-1].swapaxes(2, 3)
     back = 1, tuple(n - 1 - p for n, p in zip(kernel.shape, padding, strict=False)), 1
-    if stride == 1 and _cost_in_tiles(back, gradient, turned) <= 0.4:
-        dx = _tiles_on_cpu(back, gradient, turned)
-    elif stride == 1 and _neighbours(back, gradient, turned) > 1:
-        dx = _wide_on_cpu(back, gradient, turned)
+    form = _faster_form(back, gradient, turned) if stride == 1 else None
+    if form:
+        dx = form(back, gradient, turned)
     else:
         (dx,) = jax.vjp(lambda x: _convolution(place, x, kernel), x)[1](gradient)
     if _pays_in_phases(place, x):
@@ -351,23 +372,18 @@ def _kernel_gradient(place):
 
     Under `vmap`, XLA would make groups of the convolution below, which on CPU takes 2 to 7 times as long.
     """
-    stride, padding, _ = place
+    _, padding, _ = place
 
     @jax.custom_batching.custom_vmap
     def of_all(x, kernel, gradient):
+        apart = functools.partial(_apart, kernel=kernel)
         if _cost_in_tiles(place, x, kernel) <= 0.6:
-            apart = functools.partial(_apart, kernel=kernel)
-            return kernel_gradient_in_tiles(x, gradient, padding, apart)
-        transposed = _apart(lambda x: x.transpose(3, 1, 2, 0), kernel)(x)
-        sizes = zip(padding, gradient.shape[1:3], kernel.shape, x.shape[1:3], strict=False)
-        return jax.lax.conv_general_dilated(
-            transposed,
-            gradient,
-            window_strides=(1, 1),
-            padding=[(p, (out - 1) * stride + k - n - p) for p, out, k, n in sizes],
-            rhs_dilation=(stride, stride),
-            dimension_numbers=('NHWC', 'IHWO', 'HWNC'),
-        )
+            return winograd.kernel_gradient_in_tiles(x, gradient, padding, apart)
+        if _pays_in_rows(place, x, kernel):
+            rows = 1, kernel.shape[1]
+            of_rows = functools.partial(_kernel_gradient_of_all, (1, (0, padding[1])), rows, apart)
+            return winograd.kernel_gradient_in_rows(x, gradient, padding, of_rows, apart)
+        return _kernel_gradient_of_all(place[:2], kernel.shape[:2], apart, x, gradient)
 
     @of_all.def_vmap
     def of_each(count, batched, x, kernel, gradient):
@@ -379,6 +395,20 @@ def _kernel_gradient(place):
         return _kernel_gradient_of_each(place, size, x, gradient), True
 
     return of_all
+
+
+def _kernel_gradient_of_all(place, size, apart, x, gradient):
+    stride, padding = place
+    transposed = apart(lambda x: x.transpose(3, 1, 2, 0))(x)
+    sizes = zip(padding, gradient.shape[1:3], size, x.shape[1:3], strict=True)
+    return jax.lax.conv_general_dilated(
+        transposed,
+        gradient,
+        window_strides=(1, 1),
+        padding=[(p, (out - 1) * stride + k - n - p) for p, out, k, n in sizes],
+        rhs_dilation=(stride, stride),
+        dimension_numbers=('NHWC', 'IHWO', 'HWNC'),
+    )
 
 
 def _kernel_gradient_of_each(place, size, x, gradient):
