@@ -34,8 +34,15 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxcls.models import winograd
 from jaxcls.models.slices import taps
+from jaxcls.models.winograd import (
+    cost_of_tiles,
+    in_rows,
+    in_tiles,
+    kernel_gradient_in_rows,
+    kernel_gradient_in_tiles,
+    pays_in_rows,
+)
 
 
 def convolve(x, kernel, stride: int, padding: tuple[int, int], groups: int = 1) -> jax.Array:
@@ -323,25 +330,23 @@ def _cost_in_tiles(place, x, kernel) -> float:
     if x.dtype.itemsize < 4:
         return math.inf
     stride, padding, groups = place
-    return winograd.cost_of_tiles(x.shape, kernel.shape, padding, stride, groups)
+    return cost_of_tiles(x.shape, kernel.shape, padding, stride, groups)
 
 
 def _tiles_on_cpu(place, x, kernel):
-    return winograd.in_tiles(x, kernel, place[1], functools.partial(_apart, kernel=kernel))
+    return in_tiles(x, kernel, place[1], functools.partial(_apart, kernel=kernel))
 
 
 def _pays_in_rows(place, x, kernel) -> bool:
     stride, padding, groups = place
-    return x.dtype.itemsize >= 4 and winograd.pays_in_rows(
-        x.shape, kernel.shape, padding, stride, groups
-    )
+    return x.dtype.itemsize >= 4 and pays_in_rows(x.shape, kernel.shape, padding, stride, groups)
 
 
 def _rows_on_cpu(place, x, kernel):
     _, padding, _ = place
     convolve_rows = functools.partial(_convolution, (1, (0, padding[1]), 1))
     apart = functools.partial(_apart, kernel=kernel)
-    return winograd.in_rows(x, kernel, padding, convolve_rows, apart)
+    return in_rows(x, kernel, padding, convolve_rows, apart)
 
 
 def _gradients_on_cpu(place, x, kernel, gradient):
@@ -378,11 +383,11 @@ def _kernel_gradient(place):
     def of_all(x, kernel, gradient):
         apart = functools.partial(_apart, kernel=kernel)
         if _cost_in_tiles(place, x, kernel) <= 0.6:
-            return winograd.kernel_gradient_in_tiles(x, gradient, padding, apart)
+            return kernel_gradient_in_tiles(x, gradient, padding, apart)
         if _pays_in_rows(place, x, kernel):
             rows = 1, kernel.shape[1]
             of_rows = functools.partial(_kernel_gradient_of_all, (1, (0, padding[1])), rows, apart)
-            return winograd.kernel_gradient_in_rows(x, gradient, padding, of_rows, apart)
+            return kernel_gradient_in_rows(x, gradient, padding, of_rows, apart)
         return _kernel_gradient_of_all(place[:2], kernel.shape[:2], apart, x, gradient)
 
     @of_all.def_vmap
