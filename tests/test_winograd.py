@@ -65,7 +65,7 @@ def test_rows_are_taken_where_few_are_left_over_and_features_are_many():
     assert not pays(64, 16, stride=2) and not pays(64, 16, groups=2)
 
 
-def test_it_is_taken_in_large_batches_of_many_features_alone():
+def test_tiles_are_taken_in_large_batches_of_many_features_alone():
     def cost(batch, size, channels=128, kernel=3, stride=1, groups=1):
         kernel_shape = (kernel, kernel, channels // groups, channels)
         return winograd.cost_of_tiles(

@@ -3,8 +3,7 @@
 Down the columns alone, four rows of outputs are sums of six convolutions of one row, in place of twelve.
 Along both, a tile takes 36 products of features in place of 144. Both take more sums, which do not grow with
 the features. In float32 results differ from plain sums by up to 1e-5 of the largest value in rows, 2e-5 in
-tiles.
-Times of 2 cores with AVX2, XLA's convolution to these, in milliseconds, batch 128 (8 from 28 pixels on):
+tiles. Times of 2 cores with AVX2, from XLA's convolution to these, in ms, batch 128 (8 from 28 pixels on):
 
 | features, pixels | form | forwards, and for x | for the kernel |
 |---|---|---|---|
@@ -15,7 +14,7 @@ Times of 2 cores with AVX2, XLA's convolution to these, in milliseconds, batch 1
 | 256, 8 | tiles | 72 to 43 | 79 to 35 |
 | 512, 4 | tiles | 72 to 47 | 68 to 37 |
 
-With 16 features rows take longer. A network compiles longer: ResNet-18 in 18 s, not 7, most of it for tiles.
+With 16 features rows take longer. A network compiles longer: ResNet-18 in 19 s, not 7, most of it for tiles.
 """
 
 import math
@@ -48,6 +47,8 @@ _OUTPUT = (
     (0, 1, 1, 4, 4, 0),
     (0, 1, -1, 8, -8, 1),
 )
+# Backwards.
+_OF_OUTPUT, _OF_KERNEL = (tuple(zip(*m, strict=True)) for m in (_OUTPUT, _KERNEL))
 
 
 def pays_in_rows(shape, kernel_shape, padding: tuple[int, int], stride: int, groups: int) -> bool:
@@ -58,7 +59,7 @@ def pays_in_rows(shape, kernel_shape, padding: tuple[int, int], stride: int, gro
     height = shape[1] + 2 * padding[0] - 2
     return (
         _applies(shape, kernel_shape, stride, groups, 32)
-        and 2 * _tiles([height])[0] <= 0.6 * height
+        and 2 * _tiles(height) <= 0.6 * height
         and shape[0] * height * shape[2] >= 256
     )
 
@@ -72,7 +73,7 @@ def in_rows(x, kernel, padding: tuple[int, int], convolve_rows, apart) -> jax.Ar
       apart: makes a function of arrays one that is not fused with what is round it.
     """
     height = x.shape[1] + 2 * padding[0] - 2
-    tiles = _tiles([height])[0]
+    tiles = _tiles(height)
 
     def outputs(*products):
         rows = jnp.stack(_combine(_OUTPUT, products), 2)
@@ -89,14 +90,10 @@ def kernel_gradient_in_rows(x, gradient, padding: tuple[int, int], of_rows, apar
     Args:
       of_rows: the gradient by the kernel of `convolve_rows`: [B, R, W, C], [B, R, W', F] -> [1, w, C, F].
     """
-    tiles = _tiles(gradient.shape[1:2])[0]
-    of_output, of_kernel = (list(zip(*m, strict=True)) for m in (_OUTPUT, _KERNEL))
-    pairs = zip(
-        _spread_rows(_INPUT, x, padding[0], tiles, apart),
-        _spread_rows(of_output, gradient, 0, tiles, apart),
-        strict=True,
-    )
-    return jnp.concatenate(_combine(of_kernel, [of_rows(*pair) for pair in pairs]))
+    tiles = _tiles(gradient.shape[1])
+    inputs = _spread_rows(_INPUT, x, padding[0], tiles, apart)
+    pairs = zip(inputs, _spread_rows(_OF_OUTPUT, gradient, 0, tiles, apart), strict=True)
+    return jnp.concatenate(_combine(_OF_KERNEL, [of_rows(*pair) for pair in pairs]))
 
 
 def cost_of_tiles(shape, kernel_shape, padding: tuple[int, int], stride: int, groups: int) -> float:
@@ -108,7 +105,7 @@ def cost_of_tiles(shape, kernel_shape, padding: tuple[int, int], stride: int, gr
     if not _applies(shape, kernel_shape, stride, groups, 128):
         return math.inf
     size = [n + 2 * p - 2 for n, p in zip(shape[1:3], padding, strict=True)]
-    return 4 * (shape[0] * math.prod(_tiles(size)) + 64) / (shape[0] * math.prod(size))
+    return 4 * (shape[0] * math.prod(map(_tiles, size)) + 64) / (shape[0] * math.prod(size))
 
 
 def in_tiles(x, kernel, padding: tuple[int, int], apart) -> jax.Array:
@@ -119,7 +116,7 @@ def in_tiles(x, kernel, padding: tuple[int, int], apart) -> jax.Array:
       apart: makes a function of arrays one that is not fused with what is round it.
     """
     height, width = (n + 2 * p - 2 for n, p in zip(x.shape[1:3], padding, strict=True))
-    tiles, features = _tiles((height, width)), kernel.shape[3]
+    tiles, features = (_tiles(height), _tiles(width)), kernel.shape[3]
 
     def outputs(*products):
         products = [p.reshape(len(x), *tiles, features) for p in products]
@@ -133,14 +130,13 @@ def in_tiles(x, kernel, padding: tuple[int, int], apart) -> jax.Array:
 
 def kernel_gradient_in_tiles(x, gradient, padding: tuple[int, int], apart) -> jax.Array:
     """The gradient by the kernel of `in_tiles`: x [B, H, W, C], gradient [B, H', W', F] -> [3, 3, C, F]."""
-    tiles = _tiles(gradient.shape[1:3])
-    of_output, of_kernel = (list(zip(*m, strict=True)) for m in (_OUTPUT, _KERNEL))
+    tiles = [_tiles(n) for n in gradient.shape[1:3]]
 
     def kernels(*products):
-        return jnp.stack([jnp.stack(row) for row in _gather(of_kernel, products)])
+        return jnp.stack([jnp.stack(row) for row in _gather(_OF_KERNEL, products)])
 
     inputs = _spread(_INPUT, x, padding, tiles, apart)
-    pairs = zip(inputs, _spread(of_output, gradient, (0, 0), tiles, apart), strict=True)
+    pairs = zip(inputs, _spread(_OF_OUTPUT, gradient, (0, 0), tiles, apart), strict=True)
     # XLA transposes what is on the left.
     return apart(kernels)(*[jnp.einsum('nf,nc->fc', b, a).T for a, b in pairs])
 
@@ -150,43 +146,41 @@ def _applies(shape, kernel_shape, stride: int, groups: int, features: int) -> bo
     return plain and kernel_shape[:2] == (3, 3) and min(kernel_shape[2:]) >= features
 
 
-def _tiles(size) -> list[int]:
-    return [-(-n // TILE) for n in size]
+def _tiles(size: int) -> int:
+    return -(-size // TILE)
 
 
-def _spread_rows(matrix, x, padding: int, tiles: int, apart) -> list:
-    """The matrix times the rows of each tile of x [B, H, W, C]: arrays [B, tiles, W, C]."""
-    count = len(matrix[0])
-    last = TILE * (tiles - 1) + 1
+def _spread(matrix, x, padding, tiles, apart) -> list:
+    """The matrix from both sides of each tile of x [B, H, W, C]: 36 arrays [tiles of all images, C]."""
+
+    def columns(*rows):
+        parts = [part for row in rows for part in _along(2, matrix, row, tiles[1])]
+        return [part.reshape(-1, x.shape[3]) for part in parts]
+
+    sides = _edges(matrix, x.shape[2], padding[1], tiles[1])
+    return apart(columns)(*_spread_rows(matrix, x, padding[0], tiles[0], apart, sides))
+
+
+def _spread_rows(matrix, x, padding: int, tiles: int, apart, sides=(0, 0, 0)) -> list:
+    """The matrix times the rows of each tile of x [B, H, W, C], padded: arrays [B, tiles, W', C]."""
 
     def rows(x):
-        below = last - 1 + count - padding - x.shape[1]
-        edges = ((0, 0, 0), (padding, below, 0), (0, 0, 0), (0, 0, 0))
-        x = jax.lax.pad(x, jnp.zeros((), x.dtype), edges)
-        parts = [jax.lax.slice_in_dim(x, i, i + last, TILE, 1) for i in range(count)]
-        return _combine(matrix, parts)
+        edges = ((0, 0, 0), _edges(matrix, x.shape[1], padding, tiles), sides, (0, 0, 0))
+        return _along(1, matrix, jax.lax.pad(x, jnp.zeros((), x.dtype), edges), tiles)
 
     return apart(rows)(x)
 
 
-def _spread(matrix, x, padding, tiles, apart):
-    """The matrix from both sides of each tile of x [B, H, W, C]: 36 arrays [tiles of all images, C]."""
-    taps = len(matrix[0])
-    sizes = zip(x.shape[1:3], padding, tiles, strict=True)
-    ends = [(p, TILE * (count - 1) + taps - p - n, 0) for n, p, count in sizes]
+def _edges(matrix, size: int, padding: int, tiles: int) -> tuple[int, int, int]:
+    """For `lax.pad`: the padding, and what the last tile lacks."""
+    return padding, TILE * (tiles - 1) + len(matrix[0]) - padding - size, 0
 
-    def rows(x):
-        x = jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
-        return _combine(matrix, [_every(x, i, tiles[0], 1) for i in range(taps)])
 
-    def columns(*rows):
-        return [
-            part.reshape(-1, x.shape[3])
-            for row in rows
-            for part in _combine(matrix, [_every(row, j, tiles[1], 2) for j in range(taps)])
-        ]
-
-    return apart(columns)(*apart(rows)(x))
+def _along(axis: int, matrix, x, tiles: int) -> list:
+    """The matrix times what lies at each of its places in so many tiles."""
+    starts, reach = range(len(matrix[0])), TILE * (tiles - 1) + 1
+    parts = [jax.lax.slice_in_dim(x, i, i + reach, TILE, axis) for i in starts]
+    return _combine(matrix, parts)
 
 
 def _gather(matrix, products):
@@ -200,12 +194,6 @@ def _kernels(kernel, apart):
     """36 arrays [C, F]."""
     rows = apart(lambda kernel: _combine(_KERNEL, list(kernel)))(kernel)
     return apart(lambda *rows: [p for row in rows for p in _combine(_KERNEL, list(row))])(*rows)
-
-
-def _every(x, start: int, count: int, axis: int):
-    """What lies at `start` in each of so many tiles."""
-    stop = start + TILE * (count - 1) + 1
-    return jax.lax.slice_in_dim(x, start, stop, TILE, axis)
 
 
 def _combine(matrix, parts):
