@@ -14,8 +14,8 @@ milliseconds, batch 128 (8 from 56 pixels on).
 
 From 32 features on, 3x3 at stride 1 is done by Winograd's sums (`winograd.py`), which alone differ by more
 than rounding. In tiles, from 128 features on and in enough images, a train step of ResNet-18 takes 0.77 of
-the time, of WRN-16-4 0.75, of ResNet-50 0.93. With rows elsewhere it takes 0.92, 0.75 and 0.85 of that, and
-of ResNet-20 0.90. They compile in 19, 14, 16 and 8 s, not 7, 4, 13 and 4.
+the time, of WRN-16-4 0.75, of ResNet-50 0.93. With rows elsewhere it takes 0.92, 0.75 and 0.96 of that, and
+of ResNet-20 0.90. They compile in 19, 13, 20 and 7 s, not 7, 4, 13 and 4.
 
 Depthwise, XLA's own takes 15 to 50 times as long as the sum of shifted products, which is read from padded
 activations: padding each product takes 5 to 7 times as long from 5x5 on. Its gradient by x is such a sum
@@ -365,9 +365,9 @@ def _gradients_on_cpu(place, x, kernel, gradient):
     else:
         (dx,) = jax.vjp(lambda x: _convolution(place, x, kernel), x)[1](gradient)
     if _pays_in_phases(place, x):
-        x = _x_in_phases(place, x, kernel)
-        kernel, back = jax.vjp(functools.partial(_kernel_in_phases, place), kernel)
-        (dkernel,) = back(_kernel_gradient((1, (0, 0), 1))(x, kernel, gradient))
+        phases = _x_in_phases(place, x, kernel)
+        of_phases, undo = jax.vjp(functools.partial(_kernel_in_phases, place), kernel)
+        (dkernel,) = undo(_kernel_gradient((1, (0, 0), 1))(phases, of_phases, gradient))
         return dx, dkernel
     return dx, _kernel_gradient(place)(x, kernel, gradient)
 
