@@ -23,8 +23,30 @@ from jaxcls.registry import lookup
 
 init = jax.nn.initializers
 
+
+@jax.custom_jvp
+def relu(x):
+    """max(x, 0), with the gradient 0 at 0, as `jax.nn.relu`.
+
+    On CPU it is a select, whose result XLA keeps for all that read it, and its gradient looks at that. A
+    maximum of one array it repeats for each, with the sums of all residual blocks before: with it a train
+    step of ResNet-50 moves 13% more bytes and takes 1.04 times as long.
+    """
+    return jax.lax.platform_dependent(x, cpu=lambda x: jnp.where(x <= 0, 0, x), default=jax.nn.relu)
+
+
+@relu.defjvp
+def _jvp_of_relu(primals, tangents):
+    [x], [tangent] = primals, tangents
+    y = relu(x)
+    positive = jax.lax.platform_dependent(
+        x, y, cpu=lambda _x, y: y > 0, default=lambda x, _y: x > 0
+    )
+    return y, jnp.where(positive, tangent, 0)
+
+
 ACTIVATIONS = {
-    'relu': jax.nn.relu,
+    'relu': relu,
     'leaky_relu': jax.nn.leaky_relu,
     'relu6': jax.nn.relu6,
     'elu': jax.nn.elu,
