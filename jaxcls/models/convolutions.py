@@ -171,7 +171,8 @@ def _pad(x, padding):
 
 def _gradients_of_depthwise_on_cpu(place, x, kernel, gradient):
     of_kernel = _apart(functools.partial(_dk_of_depthwise, place), kernel)
-    return _dx_of_depthwise(place, x, kernel, gradient), of_kernel(x, kernel, gradient)
+    dkernel = of_kernel(_pad(x, place[1]), kernel, gradient)
+    return _dx_of_depthwise(place, x, kernel, gradient), dkernel
 
 
 def _dx_of_depthwise(place, x, kernel, gradient):
@@ -199,9 +200,8 @@ def _dx_of_depthwise(place, x, kernel, gradient):
 
 def _dk_of_depthwise(place, x, kernel, gradient):
     # Row by row, so that what is added up stays in the cache: one reduction of all takes twice as long.
-    stride, padding, _ = place
+    stride, _, _ = place
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    x = _pad(x, padding)
     batch, height, width, channels = gradient.shape
     places = list(itertools.product(*map(range, kernel.shape[:2])))
 
