@@ -21,9 +21,7 @@ def in_rows(x, kernel, padding):
 
 
 def kernel_gradient_in_rows(x, gradient, padding):
-    of_rows = functools.partial(
-        convolutions._kernel_gradient_of_all, (1, (0, padding[1])), (1, 3), alone
-    )
+    of_rows = functools.partial(convolutions._kernel_gradient_of_all, (1, (0, padding[1])), (1, 3))
     return winograd.kernel_gradient_in_rows(x, gradient, padding, of_rows, alone)
 
 

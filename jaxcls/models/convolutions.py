@@ -353,8 +353,7 @@ def _gradients_on_cpu(place, x, kernel, gradient):
     """As `_gradients` of `_convolution`.
 
     That of x is, at stride 1, a convolution with the kernel turned round, which may be a wide one. That of
-    the kernel is a convolution of x with the batch as its channels. XLA would compute the layers
-    that made x again while it transposes, out of order, which takes longer than the convolution.
+    the kernel is a convolution of x with the batch as its channels.
     """
     stride, padding, _ = place
     turned = kernel[::-1, ::-1].swapaxes(2, 3)
@@ -386,9 +385,9 @@ def _kernel_gradient(place):
             return kernel_gradient_in_tiles(x, gradient, padding, apart)
         if _pays_in_rows(place, x, kernel):
             rows = 1, kernel.shape[1]
-            of_rows = functools.partial(_kernel_gradient_of_all, (1, (0, padding[1])), rows, apart)
+            of_rows = functools.partial(_kernel_gradient_of_all, (1, (0, padding[1])), rows)
             return kernel_gradient_in_rows(x, gradient, padding, of_rows, apart)
-        return _kernel_gradient_of_all(place[:2], kernel.shape[:2], apart, x, gradient)
+        return _kernel_gradient_of_all(place[:2], kernel.shape[:2], x, gradient)
 
     @of_all.def_vmap
     def of_each(count, batched, x, kernel, gradient):
@@ -402,12 +401,11 @@ def _kernel_gradient(place):
     return of_all
 
 
-def _kernel_gradient_of_all(place, size, apart, x, gradient):
+def _kernel_gradient_of_all(place, size, x, gradient):
     stride, padding = place
-    transposed = apart(lambda x: x.transpose(3, 1, 2, 0))(x)
     sizes = zip(padding, gradient.shape[1:3], size, x.shape[1:3], strict=True)
     return jax.lax.conv_general_dilated(
-        transposed,
+        x.transpose(3, 1, 2, 0),
         gradient,
         window_strides=(1, 1),
         padding=[(p, (out - 1) * stride + k - n - p) for p, out, k, n in sizes],
