@@ -34,7 +34,6 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxcls.models.slices import taps
 from jaxcls.models.winograd import (
     cost_of_tiles,
     in_rows,
@@ -154,69 +153,83 @@ def _faster_form(place, x, kernel):
 
 
 def _depthwise_on_cpu(place, x, kernel):
-    # A sum of shifted products: XLA's own takes 15 to 50 times as long there, its gradient 3 to 15 times.
     stride, padding, _ = place
-
-    def products(x, kernel):
-        parts = taps(x, kernel.shape[:2], stride, ((0, 0), (0, 0)))
-        return functools.reduce(jnp.add, (part * kernel[i, j, 0] for (i, j), part in parts))
-
-    return _apart(products, kernel)(_pad(x, padding), kernel)
+    sizes = zip(x.shape[1:3], padding, kernel.shape, strict=False)
+    counts = [(n + 2 * p - k) // stride + 1 for n, p, k in sizes]
+    products = functools.partial(_shifted_products, stride, (0, 0), counts)
+    return _apart(products, kernel)(kernel, _pad(x, padding, padding))
 
 
-def _pad(x, padding):
-    edges = ((p, p, 0) for p in padding)
+def _shifted_products(stride, starts, counts, kernel, x):
+    """A depthwise convolution of x [B, H, W, C] from `starts` on -> [B, *counts, C].
+
+    XLA's own takes 15 to 50 times as long there, its gradient 3 to 15 times.
+    """
+    places = itertools.product(*map(range, kernel.shape[:2]))
+    corners = [[s + k for s, k in zip(starts, place, strict=True)] for place in places]
+    height, width = ((n - 1) * stride + 1 for n in counts)
+    parts = [x[:, i : i + height : stride, j : j + width : stride] for i, j in corners]
+    factors = kernel.reshape(-1, kernel.shape[-1])
+    return sum(part * factor for part, factor in zip(parts, factors, strict=True))
+
+
+def _pad(x, before, after):
+    edges = ((b, a, 0) for b, a in zip(before, after, strict=True))
     return jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
 
 
 def _gradients_of_depthwise_on_cpu(place, x, kernel, gradient):
-    of_kernel = _apart(functools.partial(_dk_of_depthwise, place), kernel)
-    dkernel = of_kernel(_pad(x, place[1]), kernel, gradient)
-    return _dx_of_depthwise(place, x, kernel, gradient), dkernel
+    # Both read the gradient padded: so XLA fuses padding with the layer that it comes from.
+    stride, padding, _ = place
+    sizes, outputs = x.shape[1:3], gradient.shape[1:3]
+    # Pixels of the padded x a stride apart are met by the same taps: `counts` of them, after the padding's.
+    skipped = [p // stride for p in padding]
+    counts = [-(-(n + p) // stride) - s for n, p, s in zip(sizes, padding, skipped, strict=True)]
+    before = [max(0, (k - 1) // stride - s) for k, s in zip(kernel.shape, skipped, strict=False)]
+    after = [max(0, s + c - n) for s, c, n in zip(skipped, counts, outputs, strict=True)]
+    starts = [b + s for b, s in zip(before, skipped, strict=True)]
+    padded = _pad(gradient, before, after)
+    of_x = functools.partial(_phases_of_dx, stride, starts, counts)
+    of_kernel = functools.partial(_dk_of_depthwise, stride, before, outputs)
+    phases = _apart(of_x, kernel)(kernel, padded)
+    dkernel = _apart(of_kernel, kernel)(kernel, padded, _pad(x, padding, padding))
+    rows = [jnp.stack(phases[i : i + stride], 3) for i in range(0, stride * stride, stride)]
+    dx = jnp.stack(rows, 2).reshape(len(x), *(c * stride for c in counts), x.shape[-1])
+    (top, left), (height, width) = (p % stride for p in padding), sizes
+    return dx[:, top : top + height, left : left + width], dkernel
 
 
-def _dx_of_depthwise(place, x, kernel, gradient):
-    # Pixels a stride apart are met by the same taps: sums of shifted products again, then interleaved.
-    stride, padding, groups = place
-    batch, *size, channels = x.shape
-    counts = [-(-(n + 2 * p) // stride) for n, p in zip(size, padding, strict=True)]
-    zero = jnp.zeros((), gradient.dtype)
+def _phases_of_dx(stride, starts, counts, kernel, gradient):
+    """What each pixel of a square as wide as the stride gets: stride**2 arrays [B, *counts, C]."""
 
     def phase(i, j):
         part = kernel[i::stride, j::stride][::-1, ::-1]
         if not part.size:
-            return jnp.zeros((batch, *counts, channels), gradient.dtype)
-        reach = tuple(n - 1 for n in part.shape[:2])
-        part = _depthwise_on_cpu((1, reach, groups), gradient, part)
-        ends = ((0, n - m, 0) for n, m in zip(counts, part.shape[1:3], strict=True))
-        return jax.lax.pad(part, zero, ((0, 0, 0), *ends, (0, 0, 0)))
+            return jnp.zeros((len(gradient), *counts, gradient.shape[-1]), gradient.dtype)
+        corner = [s - n + 1 for s, n in zip(starts, part.shape, strict=False)]
+        return _shifted_products(1, corner, counts, part, gradient)
 
-    phases = range(stride)
-    whole = jnp.stack([jnp.stack([phase(i, j) for j in phases], 3) for i in phases], 2)
-    whole = whole.reshape(batch, *(n * stride for n in counts), channels)
-    (top, left), (height, width) = padding, size
-    return whole[:, top : top + height, left : left + width]
+    return [phase(i, j) for i, j in itertools.product(range(stride), repeat=2)]
 
 
-def _dk_of_depthwise(place, x, kernel, gradient):
+def _dk_of_depthwise(stride, starts, size, kernel, gradient, x):
     # Row by row, so that what is added up stays in the cache: one reduction of all takes twice as long.
-    stride, _, _ = place
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    batch, height, width, channels = gradient.shape
+    (top, left), (height, width) = starts, size
     places = list(itertools.product(*map(range, kernel.shape[:2])))
 
+    def row_of(array, row):
+        return jax.lax.dynamic_index_in_dim(array, row, 1, keepdims=False)
+
     def add_row(row, sums):
-        parts = [
-            jax.lax.dynamic_index_in_dim(x, row * stride + i, 1, keepdims=False)
-            for i in range(kernel.shape[0])
-        ]
-        of_row = jax.lax.dynamic_index_in_dim(gradient, row, 1, keepdims=False)
+        parts = [row_of(x, row * stride + i) for i in range(kernel.shape[0])]
+        of_row = row_of(gradient, top + row)[:, left : left + width]
         return [
             total + (of_row * parts[i][:, j : j + (width - 1) * stride + 1 : stride]).astype(wide)
             for total, (i, j) in zip(sums, places, strict=True)
         ]
 
-    zeros = [jnp.zeros((batch, width, channels), wide)] * len(places)
+    zeros = [jnp.zeros((len(x), width, x.shape[-1]), wide)] * len(places)
     sums = jax.lax.fori_loop(0, height, add_row, zeros, unroll=2)
     sums = jnp.stack([total.sum((0, 1)) for total in sums])
     return sums.reshape(kernel.shape).astype(kernel.dtype)
