@@ -108,6 +108,7 @@ def _backward(epsilon, saved, gradients):
     # What the mean and the variance of the batch take back: the gradient's part along 1 and along x.
     factor, along_x = inverse * scale, inverse * of_scale / count
     constant = of_bias / count - along_x * mean
+    # Last a sum of two arrays, which XLA keeps for all that read it: one with a constant it would repeat.
     dx = factor * gradient - ((factor * along_x) * wide + factor * constant)
     return dx.astype(x.dtype), of_scale, of_bias
 
