@@ -53,14 +53,16 @@ def measure(images: int, size: int, batch: int, devices: int, seeds: int) -> dic
     reader = pipeline.Reader(Split(source, tuple('0123456789'), pixels.shape[1:], 'random'))
     experiment = experiment_lib.build(config, (size, size, 1), 10, images)
     like = experiment_lib.abstract_checkpoint(experiment, mesh)
-    train_step, order = experiment.train_step, pipeline.training_order
-    order = functools.partial(order, 0, images, batch)
+    train_step = experiment.train_step
+    order, *_ = orders = [
+        functools.partial(pipeline.training_order, seed, images, batch) for seed in range(seeds)
+    ]
     tree = experiment_lib.initial_state(experiment, like[0])
     if seeds > 1:
         like = seeds_lib.stack_shapes(like, seeds)
         tree = jax.tree.map(lambda x: jax.numpy.stack([x] * seeds), tree)
         train_step = jax.vmap(train_step)
-        order = functools.partial(seeds_lib.orders, list(range(seeds)), images, batch)
+        order = functools.partial(seeds_lib.orders, orders)
     feed = pipeline.resident(reader, order, mesh)
     compiled = []
     clock, note = loop.Clock([]), lambda event: compiled.append(event['seconds'])
