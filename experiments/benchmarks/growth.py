@@ -54,9 +54,10 @@ def measure(images: int, size: int, batch: int, devices: int, seeds: int) -> dic
     experiment = experiment_lib.build(config, (size, size, 1), 10, images)
     like = experiment_lib.abstract_checkpoint(experiment, mesh)
     train_step = experiment.train_step
-    order, *_ = orders = [
+    orders = [
         functools.partial(pipeline.training_order, seed, images, batch) for seed in range(seeds)
     ]
+    order = orders[0]
     tree = experiment_lib.initial_state(experiment, like[0])
     if seeds > 1:
         like = seeds_lib.stack_shapes(like, seeds)
