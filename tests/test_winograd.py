@@ -75,7 +75,9 @@ def test_tiles_are_taken_in_large_batches_of_many_features_alone():
     assert cost(128, 16, stride=2) == cost(128, 16, groups=2) == np.inf
 
 
-@pytest.mark.parametrize(('features', 'in_convolutions', 'products'), [(64, 6, 0), (128, 0, 36)])
+@pytest.mark.parametrize(
+    ('features', 'in_convolutions', 'products'), [(64, 6, 0), (128, 6, 0), (256, 0, 36)]
+)
 def test_in_single_precision_a_layer_of_many_features_is_near_xlas(
     features, in_convolutions, products
 ):

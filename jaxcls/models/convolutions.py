@@ -24,7 +24,7 @@ fewer features should be. On 2 slower cores, batch 128:
 | 5x5, 1 to 6, 28 pixels | for the kernel | 3.3 | 1.9 |
 
 From 32 features on, 3x3 at stride 1 is done by Winograd's sums (`winograd.py`), which alone differ by more
-than rounding. In tiles, from 128 features on and in enough images, a train step of ResNet-18 takes 0.77 of
+than rounding. In tiles, from 256 features on or 128 in many images, a train step of ResNet-18 takes 0.77 of
 the time, of WRN-16-4 0.75, of ResNet-50 0.93. With rows elsewhere it takes 0.92, 0.75 and 0.96 of that, and
 of ResNet-20 0.90. They compile in 19, 13, 20 and 7 s, not 7, 4, 13 and 4.
 
@@ -159,7 +159,9 @@ def _forms_on_cpu(place, x, kernel):
 
 def _faster_form(place, x, kernel):
     """`(place, x, kernel) -> y` of many features, for stride 1; None where XLA's own is as fast."""
-    if _cost_in_tiles(place, x, kernel) <= 0.4:
+    # Few tiles of 128 features take longer than rows, which add up less beside the products.
+    most = 0.4 if min(kernel.shape[2:]) >= 256 else 0.27
+    if _cost_in_tiles(place, x, kernel) <= most:
         return _tiles_on_cpu
     if _pays_in_rows(place, x, kernel):
         return _rows_on_cpu

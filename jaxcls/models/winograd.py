@@ -121,11 +121,11 @@ def in_tiles(x, kernel, padding: tuple[int, int], apart) -> jax.Array:
     def outputs(*products):
         products = [p.reshape(len(x), *tiles, features) for p in products]
         y = jnp.stack([jnp.stack(row, 3) for row in _gather(_OUTPUT, products)], 2)
-        return y.reshape(len(x), TILE * tiles[0], TILE * tiles[1], features)[:, :height, :width]
+        return y.reshape(len(x), TILE * tiles[0], TILE * tiles[1], features)
 
     inputs = _spread(_INPUT, x, padding, tiles, apart)
     pairs = zip(inputs, _kernels(kernel, apart), strict=True)
-    return apart(outputs)(*[a @ b for a, b in pairs])
+    return apart(outputs)(*[a @ b for a, b in pairs])[:, :height, :width]
 
 
 def kernel_gradient_in_tiles(x, gradient, padding: tuple[int, int], apart) -> jax.Array:
