@@ -55,6 +55,8 @@ from jaxcls.models.winograd import (
     pays_in_rows,
 )
 
+VECTOR = 8  # numbers that AVX2 takes at once
+
 
 def convolve(x, kernel, stride: int, padding: tuple[int, int], groups: int = 1) -> jax.Array:
     """x [B, H, W, C] * kernel [h, w, C / groups, F] -> [B, H', W', F].
@@ -68,8 +70,6 @@ def convolve(x, kernel, stride: int, padding: tuple[int, int], groups: int = 1) 
     """
     return _convolve((stride, padding, groups), x, kernel)
 
-
-VECTOR = 8  # numbers that AVX2 takes at once
 
 # A network has many convolutions of few shapes: `jit` traces each shape once, and leaves no trace of itself.
 traced_once = functools.partial(jax.jit, static_argnums=0, inline=True)
