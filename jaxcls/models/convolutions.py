@@ -12,8 +12,8 @@ milliseconds, batch 128 (8 from 56 pixels on).
 | 3x3, 16 to 16, 32 pixels | forwards, and for x | 8.6 | 6.7 |
 | 1x1, 64 to 256, 56 pixels | for the kernel | 15.4 | 11.4 |
 
-Eigen's products want features in whole vectors of 8, and copy what each place of the kernel meets, which the
-fewer features should be. On 2 slower cores, batch 128:
+Eigen's products want features in whole vectors of 8. For the kernel, what each of its places meets is copied,
+and so should be of the fewer features. On 2 slower cores, batch 128:
 
 | convolution | what | XLA's | here |
 |---|---|---|---|
@@ -137,6 +137,13 @@ def _convolution(place, x, kernel):
     )
 
 
+def _output_size(place, x, kernel) -> list[int]:
+    """Height and width of what the convolution gives."""
+    stride, padding, _ = place
+    sizes = zip(x.shape[1:3], padding, kernel.shape, strict=False)
+    return [(n + 2 * p - k) // stride + 1 for n, p, k in sizes]
+
+
 def _forms_on_cpu(place, x, kernel):
     """Faster on CPU than XLA's convolution: `(x, kernel) -> y`, and its gradients; None where nothing is."""
     _, padding, groups = place
@@ -158,22 +165,23 @@ def _forms_on_cpu(place, x, kernel):
 
 
 def _faster_form(place, x, kernel):
-    """`(place, x, kernel) -> y` of many features, for stride 1; None where XLA's own is as fast."""
+    """`(place, x, kernel) -> y` at stride 1; None where XLA's own is as fast."""
+    if place[0] > 1:
+        return None
     # Few tiles of 128 features take longer than rows, which add up less beside the products.
     most = 0.4 if min(kernel.shape[2:]) >= 256 else 0.27
     if _cost_in_tiles(place, x, kernel) <= most:
         return _tiles_on_cpu
     if _pays_in_rows(place, x, kernel):
         return _rows_on_cpu
-    if place[0] == 1 and kernel.shape[-1] < VECTOR:
+    if kernel.shape[-1] < VECTOR:
         return _flat_on_cpu
     return _wide_on_cpu if _neighbours(place, x, kernel) > 1 else None
 
 
 def _depthwise_on_cpu(place, x, kernel):
     stride, padding, _ = place
-    sizes = zip(x.shape[1:3], padding, kernel.shape, strict=False)
-    counts = [(n + 2 * p - k) // stride + 1 for n, p, k in sizes]
+    counts = _output_size(place, x, kernel)
     products = functools.partial(_shifted_products, stride, (0, 0), counts)
     return _apart(products, kernel)(kernel, _pad(x, padding, padding))
 
@@ -273,7 +281,7 @@ def _flat_on_cpu(place, x, kernel):
     flat = kernel.transpose(1, 2, 0, 3).reshape(1, columns, channels, rows * features)
     flat = jnp.pad(flat, (*[(0, 0)] * 3, (0, -rows * features % VECTOR)))
     y = _convolution((1, (0, padding[1]), 1), x, flat)
-    height = x.shape[1] + 2 * padding[0] - rows + 1
+    height, _ = _output_size(place, x, kernel)
 
     def sum_rows(y):
         y = _pad(y, (padding[0], 0), (padding[0], 0))
@@ -285,20 +293,19 @@ def _flat_on_cpu(place, x, kernel):
 
 def _neighbours(place, x, kernel) -> int:
     """How many outputs of a row are best computed as one with more features."""
-    (stride, padding, _), features = place, kernel.shape[-1]
-    if stride > 1:
-        return 1
+    features, (_, width) = kernel.shape[-1], _output_size(place, x, kernel)
     fewest = 2 if features <= 2 * VECTOR else 1
     count = max(fewest, VECTOR // math.gcd(VECTOR, features))
+    # Where many are needed to fill vectors, the kernel's zeros outweigh that.
     count = count if count * features <= 10 * VECTOR else fewest
-    return count if count <= x.shape[2] + 2 * padding[1] - kernel.shape[1] + 1 else 1
+    return count if count <= width else 1
 
 
 def _wide_on_cpu(place, x, kernel):
     # So that features are whole vectors, and two of them, `count` outputs that lie side by side are computed
     # as one, by a kernel that much wider with zeros in it: with 12, XLA's own takes 1.6 times as long.
     (_, padding, _), count, features = place, _neighbours(place, x, kernel), kernel.shape[-1]
-    width = x.shape[2] + 2 * padding[1] - kernel.shape[1] + 1
+    _, width = _output_size(place, x, kernel)
     shifts = [((0, 0), (i, count - 1 - i), (0, 0), (0, 0)) for i in range(count)]
     wide = jnp.concatenate([jnp.pad(kernel, shift) for shift in shifts], axis=-1)
     y = jax.lax.conv_general_dilated(
@@ -316,7 +323,7 @@ def _blocks_on_cpu(place, x, kernel):
     # together, as features, and as many outputs computed as one, by a kernel with zeros in it.
     (_, padding, _), (rows, columns, channels, features) = place, kernel.shape
     count = 4 if features <= 32 else 2
-    width = x.shape[2] + 2 * padding[1] - columns + 1
+    _, width = _output_size(place, x, kernel)
     outputs, inputs = -(-width // count), -(-(columns + count - 1) // count)
     blocks = outputs + inputs - 1
     right = blocks * count - padding[1] - x.shape[2]
@@ -455,7 +462,7 @@ def _kernel_gradient_of_all(place, size, x, gradient):
     """x [B, H, W, C], gradient [B, H', W', F] -> [h, w, C, F]: a convolution with the batch as features."""
     (stride, padding), features = place, gradient.shape[-1]
     if stride == 1 and features < x.shape[-1]:
-        # What each place of the kernel meets is copied: of the fewer features, so.
+        # What each place of the kernel meets is copied, so that is of the fewer features.
         back = tuple(k - 1 - p for k, p in zip(size, padding, strict=True))
         turned = _kernel_gradient_of_all((1, back), size, gradient, x)
         return turned[::-1, ::-1].swapaxes(2, 3)
