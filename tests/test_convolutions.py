@@ -68,12 +68,8 @@ def test_every_form_of_a_convolution_is_that_of_xla(shape):
     few = channels <= {1: 16, 2: 4}.get(stride, 0) or (stride == 1 and features <= 20)
     same = groups == 1 and size > 1 and not few
     same_for_kernel = same and (stride > 1 or features >= channels)
-    exactly = [
-        same,
-        same,
-        same,
-        same_for_kernel,
-    ]  # the loss, y, and the gradients by x and the kernel
+    # The loss, y, and the gradients by x and by the kernel.
+    exactly = [same, same, same, same_for_kernel]
     leaves = zip(*map(jax.tree.leaves, (found, expected)), exactly, strict=True)
     for a, b, exact in leaves:
         np.testing.assert_allclose(a, b, rtol=0, atol=0 if exact else 1e-4)
