@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcls.models import layers
+from jaxcls.models import layers, maxima
 from jaxcls.models.maxima import window_maxima
 
 PLACES = [  # window, stride, padding before and after
@@ -72,6 +72,21 @@ def test_disjoint_max_pool_is_reduce_window_with_its_gradient(shape, window):
 
     ours, theirs = value_and_gradient(x)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), ours, theirs)
+
+
+@pytest.mark.parametrize('shape', [(2, 6, 6, 3), (2, 7, 8, 1)])
+@pytest.mark.parametrize('window', [2, 3])
+def test_both_gradients_of_disjoint_windows_are_the_same(shape, window):
+    x = draws(shape)
+    y, saved = maxima._forward((window, window, ((0, 0), (0, 0))), x)
+    forms = maxima._disjoint, maxima._disjoint_on_cpu
+    np.testing.assert_array_equal(*(form(window, *saved, jnp.cos(y)) for form in forms))
+
+
+def test_a_window_may_have_more_places_than_a_byte_counts():
+    x = draws((1, 20, 20, 1))
+    gradients = [value_and_gradient(form, (17, 3, (0, 0)), x)[0] for form in (ours, plain)]
+    np.testing.assert_allclose(*gradients, rtol=1e-6)
 
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
