@@ -449,6 +449,17 @@ def test_images_that_do_not_fit_are_named_while_tracing(name, images, message):
 # Layers
 
 
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_a_bias_of_few_features_has_the_sum_of_the_gradients(dtype):
+    gradient = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5, 6, 3)), dtype)
+    expected = np.asarray(gradient, np.float64).sum((0, 1, 2))
+    bias = jnp.zeros(3, dtype)
+    found = jax.vjp(layers.add_bias, gradient, bias)[1](gradient)[1]
+    for total in (found, layers._sum_by_rows(gradient)):
+        assert total.dtype == dtype
+        np.testing.assert_allclose(total.astype(jnp.float32), expected, rtol=1e-2, atol=1e-2)
+
+
 def test_partial_avg_pool_averages_what_is_there():
     x = jnp.arange(15.0).reshape(1, 3, 5, 1)
     y = layers.avg_pool(x, 2, 2, partial=True)[0, :, :, 0]

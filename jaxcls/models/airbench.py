@@ -16,6 +16,7 @@ from jaxcls.models.layers import (
     NORMS,
     Conv,
     Style,
+    add_bias,
     as_input,
     check_fields,
     check_sizes,
@@ -83,7 +84,7 @@ class Whiten(nn.Module):
         kernel = self.param('whitening', _white_init, shape, style.param_dtype)
         bias = self.param('bias', init.zeros, shape[-1:], style.param_dtype)
         kernel = jax.lax.stop_gradient(kernel).astype(style.dtype)
-        return convolve(x, kernel, 1, (0, 0)) + bias.astype(style.dtype)
+        return add_bias(convolve(x, kernel, 1, (0, 0)), bias.astype(style.dtype))
 
 
 class Group(nn.Module):

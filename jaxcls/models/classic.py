@@ -19,6 +19,7 @@ from jaxcls.models.layers import (
     DenseNormAct,
     Style,
     adaptive_avg_pool,
+    add_bias,
     as_input,
     avg_pool,
     check_fields,
@@ -113,7 +114,7 @@ class PartialConv(nn.Module):
         places = np.array([i * outputs + o for o, maps in enumerate(self.inputs) for i in maps])
         kernel = jnp.zeros((size, size, x.shape[-1] * outputs), style.dtype)
         kernel = kernel.at[:, :, places].set(stored).reshape(size, size, -1, outputs)
-        x = convolve(x.astype(style.dtype), kernel, 1, (0, 0)) + bias.astype(style.dtype)
+        x = add_bias(convolve(x.astype(style.dtype), kernel, 1, (0, 0)), bias.astype(style.dtype))
         return ACTIVATIONS[style.activation](x)
 
     def _draw(self, key, dtype):

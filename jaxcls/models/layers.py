@@ -208,6 +208,38 @@ def pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
+@jax.custom_vjp
+def add_bias(x, bias) -> jax.Array:
+    """x [B, H, W, C] + bias [C] of the same type; for reverse-mode derivatives.
+
+    On accelerators the bias's gradient adds up whole rows first where features are few. XLA's sums on a GPU
+    take 32 columns together: of 1,024 gradients with 28 pixels and 6 features, 142 us on one H200, here 17.
+    """
+    return x + bias
+
+
+def _gradient_of_bias(_, gradient):
+    def plain(gradient):
+        return gradient.sum((0, 1, 2))
+
+    few = gradient.shape[-1] < 32
+    forms = {'cpu': plain, 'default': _sum_by_rows if few else plain}
+    return gradient, jax.lax.platform_dependent(gradient, **forms)
+
+
+def _sum_by_rows(x):
+    """x [B, H, W, C] -> [C]."""
+    *_, width, features = x.shape
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    # Else XLA makes one sum of the two, and computes it together with what is summed.
+    x = jax.lax.optimization_barrier(x).reshape(-1, width * features)
+    rows = jax.lax.optimization_barrier(x.sum(0, dtype=wide))
+    return rows.reshape(width, features).sum(0).astype(x.dtype)
+
+
+add_bias.defvjp(lambda x, bias: (x + bias, None), _gradient_of_bias)
+
+
 class Conv(nn.Module):
     """A convolution [B, H, W, C] -> [B, H', W', features] in the style's compute dtype.
 
@@ -241,7 +273,7 @@ class Conv(nn.Module):
         x = convolve(x.astype(style.dtype), kernel, self.stride, padding, self.groups)
         if self.use_bias or (self.use_bias is None and style.norm == 'none'):
             bias = self.param('bias', init.zeros, (self.features,), style.param_dtype)
-            x = x + bias.astype(style.dtype)
+            x = add_bias(x, bias.astype(style.dtype))
         return x
 
 
