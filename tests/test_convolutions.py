@@ -105,3 +105,14 @@ def test_the_kernel_gradient_of_each_example_is_that_of_a_batch_of_one(shape):
     plain = functools.partial(gradient, functools.partial(convolutions._convolution, place))
     found, expected = jax.jit(jax.vmap(ours))(x), np.stack([plain(row) for row in x])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_on_a_gpu_alone_a_stem_reads_squares_of_pixels_as_features():
+    x, kernel = inputs(2, 32, 3, 7, 8, 1)
+
+    def lowered(platform):
+        traced = jax.jit(lambda *args: convolutions.convolve(*args, 2, (3, 3))).trace(x, kernel)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    assert 'tensor<4x4x12x8xf32>' in lowered('cuda')
+    assert 'tensor<4x4x12x8xf32>' not in lowered('tpu') and 'tensor<7x7x3x8xf32>' in lowered('tpu')
