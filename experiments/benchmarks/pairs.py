@@ -18,17 +18,18 @@ from typing import Any, NamedTuple
 
 
 class Timing(NamedTuple):
-    """Seconds of each round, and what the worker says of itself."""
+    """Seconds of each round (or what its work returned), and what the worker says of itself."""
 
-    seconds: list[float]
+    seconds: list[Any]
     about: dict[str, Any]
 
 
-def serve(prepare: Callable[[], tuple[Callable[[], None], dict[str, Any]]]):
+def serve(prepare: Callable[[], tuple[Callable[[], Any], dict[str, Any]]]):
     """In the worker: prepares (compiles, warms up) once, then runs as often as it is asked to.
 
     Args:
-      prepare: returns the work, which has ended when it returns, and what to say about it.
+      prepare: returns the work, which has ended when it returns, and what to say about it. Where the work
+        returns something, as what it has timed itself, that takes the place of the seconds.
     """
     out = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)  # whatever the libraries print
@@ -38,8 +39,9 @@ def serve(prepare: Callable[[], tuple[Callable[[], None], dict[str, Any]]]):
     for _ in sys.stdin:
         work()
         begin = time.perf_counter()
-        work()
-        print(time.perf_counter() - begin, file=out, flush=True)
+        found = work()
+        seconds = time.perf_counter() - begin
+        print(json.dumps(seconds if found is None else found), file=out, flush=True)
 
 
 def interleave(
@@ -69,7 +71,7 @@ def interleave(
         for i in range(rounds + 1):
             for name, worker in workers.items():
                 print('go', file=worker.stdin, flush=True)
-                took = float(_line(worker, name))
+                took = json.loads(_line(worker, name))
                 if i:
                     seconds[name].append(took)
     finally:

@@ -1,15 +1,16 @@
 """One convolution of many networks at once, with a kernel for each, as a batched product of matrices.
 
 Under `vmap` over networks (`seeds.py`) XLA makes groups of it, for which cuDNN has nothing fast. One H200,
-float32, a train step of eight LeNet-5 with 1,024 images each: 4.4 ms in groups, 1.4 ms in this form; of one
-0.6 ms. What `count` outputs of a row read is a row of a matrix, and these outputs' features are its columns:
-the kernel, `count` times, each a stride further, with zeros round it.
+float32, a train step of eight LeNet-5 with 1,024 images each: 4.4 ms in groups, 1.4 to 2.0 in this form
+(beside other programs), of one 0.6 to 0.7. What `count` outputs of a row read is a row of a matrix, and
+these outputs' features are its columns: the kernel, `count` times, each a stride further, with zeros round
+it.
 """
 
 import jax
 import jax.numpy as jnp
 
-COLUMNS = 168  # with half as many, the eight take 1.7 ms
+COLUMNS = 168  # with half as many, the eight take 1.7 to 1.8 ms
 MOST_COPIED = 3  # numbers for each output; what needs more was not measured
 
 
