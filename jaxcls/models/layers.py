@@ -212,8 +212,8 @@ def pair(size: int | tuple[int, int]) -> tuple[int, int]:
 def add_bias(x, bias) -> jax.Array:
     """x [B, H, W, C] + bias [C] of the same type; for reverse-mode derivatives.
 
-    On accelerators the bias's gradient adds up whole rows first where features are few. XLA's sums on a GPU
-    take 32 columns together: of 1,024 gradients with 28 pixels and 6 features, 142 us on one H200, here 17.
+    On a GPU the bias's gradient adds up whole rows first where features are few: XLA's sums take 32 columns
+    together. Of 1,024 gradients with 28 pixels and 6 features, 142 us on one H200, here 17.
     """
     return x + bias
 
@@ -222,9 +222,9 @@ def _gradient_of_bias(_, gradient):
     def plain(gradient):
         return gradient.sum((0, 1, 2))
 
-    few = gradient.shape[-1] < 32
-    forms = {'cpu': plain, 'default': _sum_by_rows if few else plain}
-    return gradient, jax.lax.platform_dependent(gradient, **forms)
+    if gradient.shape[-1] >= 32:
+        return gradient, plain(gradient)
+    return gradient, jax.lax.platform_dependent(gradient, cuda=_sum_by_rows, default=plain)
 
 
 def _sum_by_rows(x):
