@@ -11,6 +11,7 @@ import json
 import math
 import re
 import traceback
+import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -127,16 +128,22 @@ def load_file(path: str | Path) -> ConfigDict:
     return config
 
 
+def module_of(path: Path) -> types.ModuleType:
+    """A Python file of the user's as a module. The file is run."""
+    spec = importlib.util.spec_from_file_location(f'jaxcls_file_{path.stem}', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def run_file(path: Path, function: str, *args) -> Any:
     """What a function of a user's Python file returns. The file is run.
 
     Raises:
       UserError: that of the file, or one about any other error in it.
     """
-    spec = importlib.util.spec_from_file_location(f'jaxcls_file_{path.stem}', path)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        module = module_of(path)
         if callable(getattr(module, function, None)):
             return getattr(module, function)(*args)
     except UserError:

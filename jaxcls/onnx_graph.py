@@ -155,7 +155,7 @@ def _equation(graph: Graph, equation, inputs: list[Tensor]) -> list[Tensor]:
         return [Tensor(np.int32(index), ())]
     if name == 'cond' and not isinstance(inputs[0].data, str):
         return _inline(graph, params['branches'][int(inputs[0].data)], inputs[1:])
-    for key in ('jaxpr', 'call_jaxpr'):
+    for key in ('jaxpr', 'call_jaxpr', 'call'):
         if name not in ('cond', 'scan', 'while') and key in params:
             return _inline(graph, params[key], inputs)
     if _computable(equation, inputs):

@@ -11,7 +11,6 @@ it chooses among those of cuDNN and cuBLAS alone.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
@@ -26,17 +25,11 @@ RECIPE = 'airbench94_muon'
 SIDES = ('ours', 'theirs')
 
 
-def module_of(path: Path):
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def ours():
     """A run of ours, each with the next seed."""
-    speedrun = module_of(SPEEDRUN)
+    from jaxcls import config
+
+    speedrun = config.module_of(SPEEDRUN)
     recipe = speedrun.RECIPES[RECIPE]
     run, seed = speedrun.make_run(speedrun.get_config(RECIPE), recipe, 'flip_diagonal'), 0
 
@@ -50,10 +43,10 @@ def ours():
 
 def write_splits(folder: Path):
     """CIFAR-10 as the script keeps it: uint8 [N, 32, 32, 3] and labels, in `train.pt` and `test.pt`."""
-    from jaxcls import experiment, pipeline
+    from jaxcls import config, experiment, pipeline
 
-    config = experiment.resolve(module_of(SPEEDRUN).get_config(RECIPE))
-    training, validation, data = experiment.open_data(config)
+    fields = experiment.resolve(config.load_file(SPEEDRUN))
+    training, validation, data = experiment.open_data(fields)
     folder.mkdir()
     for name, reader in (('train', training), ('test', pipeline.Reader(validation))):
         images, labels = (torch.tensor(array) for array in pipeline.load_arrays(reader))
@@ -63,9 +56,12 @@ def write_splits(folder: Path):
 
 def theirs(script: Path, folder: Path):
     """A run of the script, which keeps what it has compiled."""
+    from jaxcls import config
+
     sys.argv = [str(script)]  # it reads its own text there
     os.chdir(folder)
-    reference, found = module_of(script), {}
+    reference, found = config.module_of(script), {}
+    sys.modules[reference.__name__] = reference  # where torch.compile looks for it
     reference.print_training_details = lambda values, is_final_entry: found.update(values)
     model = reference.CifarNet().cuda().to(memory_format=torch.channels_last)
     model.compile(mode='max-autotune')
