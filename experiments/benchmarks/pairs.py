@@ -3,12 +3,15 @@
 A worker calls `serve(prepare)`. Its parent calls `interleave(commands)`, which starts one process after
 another, and then lets each run alone, one after the other and so on. A turn is the work twice, and the
 second is timed: what a worker gave back to the system meanwhile it has to get anew in the first (a virtual
-machine may even give it back to its host), which took up to as long as the work itself.
+machine may even give it back to its host), which took up to as long as the work itself. Between its turns a
+worker is stopped, with the processes it has started: it would read ahead, and be timed at reading a buffer.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -65,18 +68,22 @@ def interleave(
                 stdout=subprocess.PIPE,
                 env=_environment((env or {}).get(name, {})),
                 text=True,
+                start_new_session=True,
             )
             about[name] = json.loads(_line(workers[name], name))
+            _signal(workers[name], signal.SIGSTOP)
         seconds = {name: [] for name in workers}
         for i in range(rounds + 1):
             for name, worker in workers.items():
+                _signal(worker, signal.SIGCONT)
                 print('go', file=worker.stdin, flush=True)
                 took = json.loads(_line(worker, name))
+                _signal(worker, signal.SIGSTOP)
                 if i:
                     seconds[name].append(took)
     finally:
         for worker in workers.values():
-            worker.kill()
+            _signal(worker, signal.SIGKILL)
             worker.wait()
     return {name: Timing(seconds[name], about[name]) for name in workers}
 
@@ -104,6 +111,12 @@ def _environment(more: dict[str, str]) -> dict[str, str]:
         'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.35',
     }
     return {**defaults, **os.environ, **more}
+
+
+def _signal(worker: subprocess.Popen, which: int):
+    """To a worker and the processes it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.pid, which)
 
 
 def _line(worker: subprocess.Popen, name: str) -> str:
