@@ -92,3 +92,55 @@ def test_airbench_names_what_is_missing(tmp_path):
             command, capture_output=True, text=True, env={'CUDA_VISIBLE_DEVICES': ''}
         )
         assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def test_airbench_refuses_another_script_and_another_folder(tmp_path):
+    script = tmp_path / 'reference.py'
+    script.write_text('def main(run, hyp, model):\n    pass\n')
+    for more, message in (
+        ([], 'has no class CifarNet, def main(run, model)'),
+        (['--out', tmp_path / 'nowhere' / 'a.json'], 'is no file in a folder that exists'),
+    ):
+        command = [sys.executable, BENCHMARKS / 'airbench.py', script, *more]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+WORKER = """
+import os, sys, time
+from pathlib import Path
+import pairs
+
+mine, other = Path(sys.argv[1]), Path(sys.argv[2])
+mine.write_text(str(os.getpid()))
+
+
+def state():
+    lines = Path('/proc', other.read_text(), 'status').read_text().splitlines()
+    return next(line.split()[1] for line in lines if line.startswith('State'))
+
+
+def work():
+    end = time.monotonic() + 10  # a signal needs a moment to arrive
+    while state() != 'T' and time.monotonic() < end:
+        time.sleep(0.01)
+    return state()
+
+
+pairs.serve(lambda: (work, {}))
+"""
+
+
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='states are read from /proc')
+def test_a_worker_is_stopped_while_another_has_its_turn(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setenv('PYTHONPATH', str(BENCHMARKS))
+    import pairs
+
+    script = tmp_path / 'worker.py'
+    script.write_text(WORKER)
+    pids = tmp_path / 'a', tmp_path / 'b'
+    commands = {'a': [script, *pids], 'b': [script, *reversed(pids)]}
+    found = pairs.interleave(commands, 3)
+    assert all(timing.seconds == ['T'] * 3 for timing in found.values())
+    assert not any(Path('/proc', path.read_text()).exists() for path in pids)

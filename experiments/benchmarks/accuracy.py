@@ -14,7 +14,6 @@ import os
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 import pairs
 import program
@@ -93,7 +92,7 @@ def main():
     parser.add_argument('networks', nargs='*', type=pairs.one_of(EPOCHS), default=['lenet5'])
     parser.add_argument('--pairs', type=pairs.at_least_1, default=3)
     parser.add_argument('--target', type=float, default=None)
-    parser.add_argument('--out', type=Path, default=None)
+    parser.add_argument('--out', type=pairs.new_file, default=None)
     parser.add_argument('--worker', default='')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()

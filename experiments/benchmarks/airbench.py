@@ -11,6 +11,8 @@ it chooses among those of cuDNN and cuBLAS alone.
 """
 
 import argparse
+import ast
+import importlib.util
 import json
 import os
 import sys
@@ -18,11 +20,11 @@ import tempfile
 from pathlib import Path
 
 import pairs
-import torch
 
 SPEEDRUN = Path(__file__).parent.parent / 'speedrun_cifar.py'
 RECIPE = 'airbench94_muon'
 SIDES = ('ours', 'theirs')
+USED = ('class CifarNet', 'def main(run, model)', 'def print_training_details')
 
 
 def ours():
@@ -43,6 +45,8 @@ def ours():
 
 def write_splits(folder: Path):
     """CIFAR-10 as the script keeps it: uint8 [N, 32, 32, 3] and labels, in `train.pt` and `test.pt`."""
+    import torch
+
     from jaxcls import config, experiment, pipeline
 
     fields = experiment.resolve(config.load_file(SPEEDRUN))
@@ -56,6 +60,8 @@ def write_splits(folder: Path):
 
 def theirs(script: Path, folder: Path):
     """A run of the script, which keeps what it has compiled."""
+    import torch
+
     from jaxcls import config
 
     sys.argv = [str(script)]  # it reads its own text there
@@ -75,7 +81,7 @@ def theirs(script: Path, folder: Path):
 
 
 def table(rows: dict[str, list[dict]]) -> str:
-    """Mean seconds and accuracy of both, with 95% intervals, and the ratio of the medians' rounds."""
+    """Mean seconds and accuracy of both, with 95% intervals, and the ratio round by round."""
     from jaxcls import intervals
 
     lines = []
@@ -90,18 +96,39 @@ def table(rows: dict[str, list[dict]]) -> str:
     return '\n'.join(lines)
 
 
+def obstacle(script: Path) -> str:
+    """Why it cannot be timed here; '' where it can."""
+    if not script.is_file():
+        return f'{script} is no file; get airbench94_muon.py of its authors.'
+    try:
+        parts = ast.parse(script.read_text()).body
+    except (SyntaxError, UnicodeDecodeError) as error:
+        return f'{script} is no Python: {error}'
+    names = {ast.unparse(part).splitlines()[0] for part in parts}
+    missing = [name for name in USED if not any(line.startswith(name) for line in names)]
+    if missing:
+        return f'{script} has no {", ".join(missing)}: it is not airbench94_muon.py.'
+    if not importlib.util.find_spec('torch'):
+        return "PyTorch is not installed: pip install -e '.[bench]'."
+    import torch
+
+    return (
+        ''
+        if torch.cuda.is_available()
+        else 'PyTorch sees no GPU here: the script runs on nothing else.'
+    )
+
+
 def main():
     """Times both and prints, or is one of them."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('script', type=Path)
     parser.add_argument('--rounds', type=pairs.at_least_1, default=5)
-    parser.add_argument('--out', type=Path, default=None)
+    parser.add_argument('--out', type=pairs.new_file, default=None)
     parser.add_argument('--worker', choices=[*SIDES, 'splits'], default=None)
     parser.add_argument('--folder', type=Path, default=None)
     args = parser.parse_args()
     script = args.script.resolve()
-    if not script.is_file():
-        parser.error(f'{args.script} is no file; get airbench94_muon.py of its authors.')
     if args.worker == 'splits':
         write_splits(args.folder / 'cifar10')
         print('written')
@@ -109,8 +136,8 @@ def main():
     if args.worker:
         pairs.serve(ours if args.worker == 'ours' else lambda: theirs(script, args.folder))
         return
-    if not torch.cuda.is_available():
-        parser.error('PyTorch sees no GPU here, and the script runs on nothing else.')
+    if why := obstacle(script):
+        parser.error(why)
     with tempfile.TemporaryDirectory() as folder:
         commands = {
             name: [__file__, script, '--worker', name, '--folder', folder]

@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import time
-from pathlib import Path
 
 import pairs
 
@@ -88,7 +87,7 @@ def main():
     """Prints the tables, or is one of their points."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('axes', nargs='*', type=pairs.one_of(AXES), default=list(AXES))
-    parser.add_argument('--out', type=Path, default=None)
+    parser.add_argument('--out', type=pairs.new_file, default=None)
     parser.add_argument('--point', type=json.loads, default=None)
     args = parser.parse_args()
     if args.point:

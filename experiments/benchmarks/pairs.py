@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -59,20 +60,22 @@ def interleave(
     Raises:
       SystemExit: a worker ended.
     """
-    workers, about = {}, {}
-    try:
+    workers, about, seconds = {}, {}, {name: [] for name in commands}
+    with contextlib.ExitStack() as stack:
         for name, command in commands.items():
-            workers[name] = subprocess.Popen(
-                [sys.executable, *map(str, command)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=_environment((env or {}).get(name, {})),
-                text=True,
-                start_new_session=True,
+            worker = workers[name] = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, *map(str, command)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    env=_environment((env or {}).get(name, {})),
+                    text=True,
+                    process_group=0,
+                )
             )
-            about[name] = json.loads(_line(workers[name], name))
-            _signal(workers[name], signal.SIGSTOP)
-        seconds = {name: [] for name in workers}
+            stack.callback(_signal, worker, signal.SIGKILL)
+            about[name] = json.loads(_line(worker, name))
+            _signal(worker, signal.SIGSTOP)
         for i in range(rounds + 1):
             for name, worker in workers.items():
                 _signal(worker, signal.SIGCONT)
@@ -81,10 +84,6 @@ def interleave(
                 _signal(worker, signal.SIGSTOP)
                 if i:
                     seconds[name].append(took)
-    finally:
-        for worker in workers.values():
-            _signal(worker, signal.SIGKILL)
-            worker.wait()
     return {name: Timing(seconds[name], about[name]) for name in workers}
 
 
@@ -149,6 +148,14 @@ def at_least_1(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
     return int(text)
+
+
+def new_file(text: str) -> Path:
+    """The `type` of an argument that is a file to write, once all is measured."""
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f'{text!r} is no file in a folder that exists')
+    return path
 
 
 def some_of(known) -> Callable[[str], list[str]]:

@@ -13,7 +13,6 @@ import argparse
 import functools
 import importlib.util
 import json
-from pathlib import Path
 
 import pairs
 
@@ -188,7 +187,7 @@ def main():
     parser.add_argument('networks', nargs='*', type=pairs.one_of(CASES), default=list(CASES))
     parser.add_argument('--rounds', type=pairs.at_least_1, default=7)
     parser.add_argument('--sides', type=pairs.some_of(SIDES), default=list(SIDES))
-    parser.add_argument('--out', type=Path, default=None)
+    parser.add_argument('--out', type=pairs.new_file, default=None)
     parser.add_argument('--worker', default='')
     args = parser.parse_args()
     if args.worker:

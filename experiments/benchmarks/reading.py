@@ -147,7 +147,7 @@ def main():
     parser.add_argument('cases', nargs='*', type=pairs.one_of(BATCHES), default=['cifar10'])
     parser.add_argument('--photos', default='', help='a folder with a directory a class')
     parser.add_argument('--rounds', type=pairs.at_least_1, default=7)
-    parser.add_argument('--out', type=Path, default=None)
+    parser.add_argument('--out', type=pairs.new_file, default=None)
     parser.add_argument('--worker', default='')
     args = parser.parse_args()
     if 'photos' in args.cases and not Path(args.photos or 'none').is_dir():

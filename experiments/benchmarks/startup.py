@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import pairs
 
@@ -65,7 +64,7 @@ def main():
     """Times and prints."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--rounds', type=pairs.at_least_1, default=5)
-    parser.add_argument('--out', type=Path, default=None)
+    parser.add_argument('--out', type=pairs.new_file, default=None)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         todo = commands(folder)

@@ -13,7 +13,6 @@ the compiled step reads and writes take at the rate at which it reads and writes
 import argparse
 import json
 import time
-from pathlib import Path
 
 import pairs
 
@@ -249,7 +248,7 @@ def main():
     parser.add_argument('--precision', default='float32')
     parser.add_argument('--rounds', type=pairs.at_least_1, default=7)
     parser.add_argument('--sides', type=pairs.some_of(SIDES), default=list(SIDES))
-    parser.add_argument('--out', type=Path, default=None)
+    parser.add_argument('--out', type=pairs.new_file, default=None)
     parser.add_argument('--worker', default='')
     args = parser.parse_args()
     if args.worker == 'rates':

@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-from pathlib import Path
 
 import pairs
 import step as step_lib
@@ -78,7 +77,7 @@ def main():
     parser.add_argument('networks', nargs='*', type=pairs.one_of(step_lib.CASES), default=nets)
     parser.add_argument('--seeds', type=pairs.at_least_1, default=8)
     parser.add_argument('--rounds', type=pairs.at_least_1, default=7)
-    parser.add_argument('--out', type=Path, default=None)
+    parser.add_argument('--out', type=pairs.new_file, default=None)
     parser.add_argument('--worker', default='')
     args = parser.parse_args()
     if args.worker:
