@@ -376,7 +376,11 @@ def _split_error(spec: str, sizes: dict[str, int], problem: str) -> UserError:
 _MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 
 
-def decode(image: bytes | np.ndarray, channels: int) -> np.ndarray:
+def decode(
+    image: bytes | np.ndarray,
+    channels: int,
+    change: Callable[[Image.Image], Image.Image] | None = None,
+) -> np.ndarray:
     """Decodes an image to uint8 [H, W, channels].
 
     Grey, palette, CMYK and 16-bit images are converted. Transparent ones are laid on white, as a
@@ -386,18 +390,21 @@ def decode(image: bytes | np.ndarray, channels: int) -> np.ndarray:
     Args:
       image: a file of one of FORMATS, or uint8 [H, W, C].
       channels: 1 (luminance), 3 (RGB) or 4 (RGBA); for an array also its own number.
+      change: of the decoded picture, before it is an array, such as a crop and another size.
 
     Raises:
       UserError: damaged, above MAX_PIXELS by its header (nothing is decoded then), or 32-bit.
     """
     if isinstance(image, np.ndarray):
-        return _match_channels(image, channels)
+        matched = _match_channels(image, channels)
+        return _changed(matched, change) if change else matched
     try:
         with Image.open(io.BytesIO(image), formats=FORMATS) as picture:
             pixels = picture.width * picture.height
             if pixels <= MAX_PIXELS:
                 with _one_large if pixels > _LARGE else contextlib.nullcontext():
-                    return _to_array(picture, _MODES[channels])
+                    converted = _converted(picture, _MODES[channels])
+                    return _to_array(change(converted) if change else converted)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         pixels = MAX_PIXELS + 1
     except UserError:
@@ -424,7 +431,7 @@ def size_of(image: bytes | np.ndarray) -> tuple[int, int]:
         return picture.size if turned else (picture.height, picture.width)
 
 
-def _to_array(picture: Image.Image, mode: str) -> np.ndarray:
+def _converted(picture: Image.Image, mode: str) -> Image.Image:
     if 'exif' in picture.info:
         with contextlib.suppress(Exception):  # many cameras write broken EXIF
             picture = ImageOps.exif_transpose(picture)
@@ -436,10 +443,22 @@ def _to_array(picture: Image.Image, mode: str) -> np.ndarray:
         picture = picture.convert('RGBA')
         white = Image.new('RGBA', picture.size, 'white')
         picture = Image.alpha_composite(white, picture)
-    if picture.mode != mode:
-        picture = picture.convert(mode)
+    return picture if picture.mode == mode else picture.convert(mode)
+
+
+def _to_array(picture: Image.Image) -> np.ndarray:
     array = np.asarray(picture)
     return array[..., None] if array.ndim == 2 else array
+
+
+def _to_picture(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+
+
+def _changed(image: np.ndarray, change: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+    picture = _to_picture(image)
+    changed = change(picture)
+    return image if changed is picture else _to_array(changed)
 
 
 def _match_channels(image: np.ndarray, channels: int) -> np.ndarray:
@@ -447,4 +466,4 @@ def _match_channels(image: np.ndarray, channels: int) -> np.ndarray:
         return image
     if image.shape[-1] == 1:
         return np.repeat(image, channels, axis=-1)
-    return _to_array(Image.fromarray(image), _MODES[channels])
+    return _to_array(_converted(_to_picture(image), _MODES[channels]))

@@ -265,16 +265,14 @@ def decode_image(experiment: Experiment, encoded: bytes) -> np.ndarray:
       UserError: no image.
     """
     height, width, channels = experiment.image_shape
-    image = datasets.decode(encoded, channels)
     data = experiment.config.data
-    if not data.image_size and image.shape[:2] == (height, width):
-        return image
     if height == width:
         fraction = data.crop_fraction if data.image_size else 1.0
-        box = pipeline.center_box(*image.shape[:2], fraction)
+        box = functools.partial(pipeline.center_box, fraction=fraction)
     else:
-        box = (0, 0, image.shape[1], image.shape[0])
-    return pipeline.resize(image, (height, width), box)
+        box = pipeline.whole_box
+    resize = functools.partial(pipeline.resize, size=(height, width), box=box)
+    return datasets.decode(encoded, channels, resize)
 
 
 def make_feed(

@@ -20,7 +20,7 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +44,8 @@ RESIDENT_LIMIT = 4 * 2**30  # bytes
 _CACHE_VERSION = 1
 # Below this many images, starting worker processes costs more than it saves.
 _MIN_PARALLEL = 10_000
+# So many images are decoded at a time, where all are.
+_CHUNK = 256
 # So many bad images are named in an error, and in warnings; the others are counted.
 _LISTED, _NAMED = 10, 100
 
@@ -127,16 +129,19 @@ class Reader(NamedTuple):
         """
         try:
             encoded, label = self.split.source[index]
-            image = datasets.decode(encoded, self.split.shape[2])
+            return datasets.decode(encoded, self.split.shape[2], self._resize(position)), label
         except (UserError, OSError) as error:
             raise UserError(f'{name_of(self.split.source, index)}: {_why(error)}') from error
-        if self.size and self.crop == 'random_resized':
+
+    def _resize(self, position: int) -> Callable[[Image.Image], Image.Image] | None:
+        if not self.size:
+            return None
+        if self.crop == 'random_resized':
             rng = np.random.Generator(np.random.Philox(key=[self.seed, position]))
-            image = resize(image, self.shape[:2], random_box(rng, *image.shape[:2]))
-        elif self.size:
-            box = center_box(*image.shape[:2], self.crop_fraction)
-            image = resize(image, self.shape[:2], box)
-        return image, label
+            box = functools.partial(random_box, rng)
+        else:
+            box = functools.partial(center_box, fraction=self.crop_fraction)
+        return functools.partial(resize, size=(self.size, self.size), box=box)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -208,6 +213,11 @@ def center_box(height: int, width: int, fraction: float) -> Box:
     return left, top, left + side, top + side
 
 
+def whole_box(height: int, width: int) -> Box:
+    """All of an image."""
+    return 0, 0, width, height
+
+
 def boxes_in_crop(
     boxes: np.ndarray, sizes: Sequence[tuple[int, int]], fraction: float
 ) -> np.ndarray:
@@ -235,13 +245,14 @@ def random_box(rng: np.random.Generator, height: int, width: int) -> Box:
     return center_box(height, width, 1.0)
 
 
-def resize(image: np.ndarray, size: tuple[int, int], box: Box) -> np.ndarray:
-    """The box of a uint8 image [H, W, C] as [*size, C], through an antialiased triangle filter."""
-    if image.shape[:2] == size and box == (0, 0, size[1], size[0]):
-        return image
-    picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-    resized = picture.resize(size[::-1], Image.Resampling.BILINEAR, box=box)
-    return np.asarray(resized).reshape(*size, image.shape[-1])
+def resize(
+    picture: Image.Image, size: tuple[int, int], box: Callable[[int, int], Box]
+) -> Image.Image:
+    """`box(height, width)` of a picture in `size`, (H, W), through an antialiased triangle filter."""
+    part = box(picture.height, picture.width)
+    if picture.size == size[::-1] and part == (0, 0, *picture.size):
+        return picture
+    return picture.resize(size[::-1], Image.Resampling.BILINEAR, box=part)
 
 
 def check_size(split: datasets.Split, image_size: int):
@@ -353,7 +364,7 @@ def _decode_into(directory: Path, reader: Reader):
     _reserve(directory / 'images.npy')
     labels, bad = np.empty(examples, np.int32), []
     workers = (os.cpu_count() or 1) if examples >= _MIN_PARALLEL else 0
-    dataset = grain.MapDataset.range(examples).map(_Numbered(reader)).batch(256)
+    dataset = grain.MapDataset.range(-(-examples // _CHUNK)).map(_Numbered(reader))
     console = Console(stderr=True)
     with contextlib.closing(_iterate(dataset, workers)) as batches:
         for batch in track(
@@ -365,8 +376,7 @@ def _decode_into(directory: Path, reader: Reader):
             disable=not console.is_terminal,
         ):
             images[batch['index']], labels[batch['index']] = batch['image'], batch['label']
-            columns = (batch[key].tolist() for key in ('index', 'bad', 'unread'))
-            bad += [row for row in map(_Bad, *columns) if row.why]
+            bad += batch['bad']
     images.flush()
     np.save(directory / 'labels.npy', labels)
     (directory / 'bad.json').write_text(json.dumps(bad))
@@ -380,34 +390,49 @@ def _reserve(path: Path):
 
 
 class _Numbered(NamedTuple):
-    """An example by its index."""
+    """_CHUNK examples of a split, in its order, by the number of their batch."""
 
     reader: Reader
 
-    def __call__(self, index: int) -> dict[str, Any]:
-        return {**read(self.reader, index), 'index': index}
+    def __call__(self, number: int) -> dict[str, Any]:
+        examples = len(self.reader.split.source)
+        index = range(number * _CHUNK, min((number + 1) * _CHUNK, examples))
+        return {'index': np.array(index), **_read_all(self.reader, index, index)}
 
 
 class _Ordered(NamedTuple):
-    """An example by its place in the sequence of all batches of this process."""
+    """This process's rows of a step's batch."""
 
     reader: Reader
     order: Order
     rows: slice
 
-    def __call__(self, position: int) -> dict[str, Any]:
-        step, row = divmod(position, self.rows.stop - self.rows.start)
-        row += self.rows.start
+    def __call__(self, step: int) -> dict[str, Any]:
         batch = self.order(step)
-        place = step * len(batch['index']) + row
-        batch = {key: values[row] for key, values in batch.items()}
-        example = read(self.reader, int(batch['index']), place)
-        return {**batch, **example, 'mask': batch['mask'] & (not example['bad'])}
+        start = step * len(batch['index'])
+        places = range(start + self.rows.start, start + self.rows.stop)
+        batch = {key: values[self.rows] for key, values in batch.items()}
+        found = _read_all(self.reader, batch['index'].tolist(), places)
+        bad = [bad.index for bad in found['bad']]
+        return {**batch, **found, 'mask': batch['mask'] & ~np.isin(batch['index'], bad)}
+
+
+def _read_all(reader: Reader, indices: Iterable[int], places: Iterable[int]) -> dict[str, Any]:
+    """`image` uint8 [B, H, W, C], `label` int32 [B], and of those that are bad, `bad`: [_Bad]."""
+    pairs = [(i, read(reader, i, place)) for i, place in zip(indices, places, strict=True)]
+    return {
+        'image': np.stack([example['image'] for _, example in pairs]),
+        'label': np.array([example['label'] for _, example in pairs]),
+        'bad': [_Bad(i, e['bad'], e['unread']) for i, e in pairs if e['bad']],
+    }
 
 
 def _iterate(dataset: grain.MapDataset, workers: int):
     """The elements in order, read ahead by threads, or by worker processes."""
-    elements = dataset.to_iter_dataset(grain.ReadOptions(num_threads=8, prefetch_buffer_size=8))
+    # More threads than cores that decode wait for Python's lock and slow down who holds it.
+    threads = min(8, 1 + (os.cpu_count() or 1))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8)
+    elements = dataset.to_iter_dataset(options)
     if workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which we have none of
@@ -433,13 +458,6 @@ def _start_worker(_index: int, _count: int):
 def _end_with_parent():
     multiprocessing.parent_process().join()
     os._exit(1)
-
-
-def _pop_bad(batch: dict[str, np.ndarray]) -> list[tuple[int, str]]:
-    """The indices of a batch's bad examples and why they are, which is taken out of the batch."""
-    del batch['unread']
-    pairs = zip(batch['index'].tolist(), batch.pop('bad').tolist(), strict=True)
-    return [pair for pair in pairs if pair[1]]
 
 
 def resident(reader: Reader, order: Order, mesh: Mesh) -> Feed:
@@ -488,7 +506,6 @@ def stream(reader: Reader, order: Order, mesh: Mesh, steps: int, workers: int = 
     and since it began, are more than `reader.max_bad` allows.
     """
     rows = sharding.local_rows(len(order(0)['index']))
-    local = rows.stop - rows.start
     place = sharding.split_batch(mesh, axis=1)
     state, bad = {'next': -1, 'batches': None}, {}
 
@@ -503,11 +520,10 @@ def stream(reader: Reader, order: Order, mesh: Mesh, steps: int, workers: int = 
     def items(step: int, count: int):
         if step != state['next']:
             close()
-            positions = grain.MapDataset.range(step * local, steps * local)
-            dataset = positions.map(_Ordered(reader, order, rows)).batch(local)
+            dataset = grain.MapDataset.range(step, steps).map(_Ordered(reader, order, rows))
             state['batches'] = _iterate(dataset, workers)
         batches = [next(state['batches']) for _ in range(count)]
-        found = {index: why for batch in batches for index, why in _pop_bad(batch)}
+        found = {bad.index: bad.why for batch in batches for bad in batch.pop('bad')}
         if found.keys() - bad.keys():
             _check_bad(reader, bad | found)
             bad.update(found)

@@ -594,7 +594,7 @@ def test_threads_decode_large_images_one_at_a_time(monkeypatch, large, alone):
     file, decoding, seen = io.BytesIO(), set(), []
     Image.new('RGB', (20, 20)).save(file, 'PNG')
 
-    def slow(picture, mode):
+    def slow(picture):
         decoding.add(id(picture))
         time.sleep(0.05)
         seen.append(len(decoding))

@@ -1,5 +1,6 @@
 import functools
 import gc
+import io
 import subprocess
 import sys
 import time
@@ -115,9 +116,24 @@ def test_random_boxes_have_the_area_and_aspect_of_the_paper():
 
 
 def test_a_centre_crop_of_the_whole_square_changes_nothing():
-    image = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
-    assert pipeline.resize(image, (4, 4), pipeline.center_box(4, 4, 1.0)) is image
+    picture = Image.new('RGB', (4, 4))
+    whole = functools.partial(pipeline.center_box, fraction=1.0)
+    assert pipeline.resize(picture, (4, 4), whole) is picture
     assert pipeline.center_box(10, 20, 0.5) == (7.5, 2.5, 12.5, 7.5)
+
+
+@pytest.mark.parametrize('channels', [1, 3, 4])
+def test_files_and_arrays_are_resized_alike(channels):
+    images = np.random.default_rng(0).integers(0, 256, (1, 9, 12, channels), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(images[0].squeeze()).save(file, 'PNG')
+    for source in ([(file.getvalue(), 2)], ArraySource(images, np.array([2]))):
+        split = datasets.Split(source, ('a', 'b', 'c'), (9, 12, channels), '')
+        image, label = pipeline.Reader(split, 4, crop_fraction=0.8)(0)
+        box = (2.4, 0.9, 9.6, 8.1)
+        expected = Image.fromarray(images[0].squeeze()).resize((4, 4), Image.BILINEAR, box=box)
+        np.testing.assert_array_equal(image, np.asarray(expected).reshape(4, 4, channels))
+        assert label == 2
 
 
 def test_decoded_splits_are_cached_and_mapped(split, monkeypatch, tmp_path):
