@@ -118,7 +118,8 @@ def tf_data(case: str, photos: str):
                 tf.shape(image), tf.zeros([0, 0, 4]), area_range=(0.08, 1.0),
                 aspect_ratio_range=(3 / 4, 4 / 3), use_image_if_no_bounding_boxes=True,
             )  # fmt: skip
-            image = tf.image.resize(tf.slice(image, begin, extent), [size, size])
+            # Antialiased, as Pillow's is, which the others use.
+            image = tf.image.resize(tf.slice(image, begin, extent), [size, size], antialias=True)
         image = tf.image.random_flip_left_right(image)
         return (tf.cast(image, tf.float32) / 255 - 0.5) / 0.25
 
