@@ -32,10 +32,7 @@ than rounding. In tiles, from 256 features on or 128 in many images, a train ste
 the time, of WRN-16-4 0.75, of ResNet-50 0.93. With rows elsewhere it takes 0.92, 0.75 and 0.96 of that, and
 of ResNet-20 0.90. They compile in 19, 13, 20 and 7 s, not 7, 4, 13 and 4.
 
-Depthwise, XLA's own takes 15 to 50 times as long as the sum of shifted products, which is read from padded
-activations: padding each product takes 5 to 7 times as long from 5x5 on. Its gradient by x is such a sum
-too, and that by the kernel adds up row after row. By one reduction of all, the latter takes 1.5 to 5 times as
-long in large activations, and a train step of MobileNetV2 1.17 times, of ConvNeXt-T 1.06.
+Depthwise ones are sums of shifted products (`depthwise.py`).
 
 What does not pay: products over shifted slices (3 to 10 times as long), transposing by a product with the
 identity, four phases in place of a dilated gradient at stride 2 (7.9 against 11.4 with 16 features, 70
@@ -43,14 +40,14 @@ against 41 with 256), a wide kernel for that of the kernel (17.8 against 15.1).
 """
 
 import functools
-import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 
 from jaxcls.models.bands import convolve_each, pays_in_bands
-from jaxcls.models.slices import taps
+from jaxcls.models.depthwise import convolve_depthwise, depthwise_gradients
+from jaxcls.models.slices import output_size, pad
 from jaxcls.models.winograd import (
     cost_of_tiles,
     in_rows,
@@ -172,19 +169,18 @@ def _convolution(place, x, kernel):
     )
 
 
-def _output_size(place, x, kernel) -> list[int]:
-    """Height and width of what the convolution gives."""
+def _output_size(place, x, kernel) -> tuple[int, int]:
     stride, padding, _ = place
-    sizes = zip(x.shape[1:3], padding, kernel.shape, strict=False)
-    return [(n + 2 * p - k) // stride + 1 for n, p, k in sizes]
+    return output_size(x.shape[1:3], kernel.shape[:2], stride, padding)
 
 
 def _forms_on_cpu(place, x, kernel):
     """Faster on CPU than XLA's convolution: `(x, kernel) -> y`, and its gradients; None where nothing is."""
     _, padding, groups = place
     if groups == x.shape[-1] == kernel.shape[-1] > 1:
-        form = functools.partial(_depthwise_on_cpu, place)
-        return form, functools.partial(_gradients_of_depthwise_on_cpu, place)
+        forms = convolve_depthwise, depthwise_gradients
+        apart = functools.partial(_apart, kernel=kernel)
+        return tuple(functools.partial(form, place, apart=apart) for form in forms)
     if groups == 1 and kernel.shape[:2] == (1, 1) and padding == (0, 0):
         return None, functools.partial(_gradients_of_pointwise_on_cpu, place)
     if groups == 1:
@@ -214,87 +210,6 @@ def _faster_form(place, x, kernel):
     return _wide_on_cpu if _neighbours(place, x, kernel) > 1 else None
 
 
-def _depthwise_on_cpu(place, x, kernel):
-    stride, padding, _ = place
-    counts = _output_size(place, x, kernel)
-    products = functools.partial(_shifted_products, stride, (0, 0), counts)
-    return _apart(products, kernel)(kernel, _pad(x, padding, padding))
-
-
-def _shifted_products(stride, starts, counts, kernel, x):
-    """A depthwise convolution of x [B, H, W, C] from `starts` on -> [B, *counts, C].
-
-    XLA's own takes 15 to 50 times as long on CPU, its gradient 3 to 15 times.
-    """
-    top, left = starts
-    height, width = ((n - 1) * stride + k for n, k in zip(counts, kernel.shape, strict=False))
-    x = x[:, top : top + height, left : left + width]
-    parts = taps(x, kernel.shape[:2], stride, ((0, 0), (0, 0)))
-    return functools.reduce(jnp.add, (part * kernel[i, j, 0] for (i, j), part in parts))
-
-
-def _pad(x, before, after):
-    edges = ((b, a, 0) for b, a in zip(before, after, strict=True))
-    return jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
-
-
-def _gradients_of_depthwise_on_cpu(place, x, kernel, gradient):
-    # Both read the gradient padded: so XLA fuses padding with the layer that it comes from.
-    stride, padding, _ = place
-    sizes, outputs = x.shape[1:3], gradient.shape[1:3]
-    # Pixels of the padded x a stride apart are met by the same taps: `counts` of them, after the padding's.
-    skipped = [p // stride for p in padding]
-    counts = [-(-(n + p) // stride) - s for n, p, s in zip(sizes, padding, skipped, strict=True)]
-    before = [max(0, (k - 1) // stride - s) for k, s in zip(kernel.shape, skipped, strict=False)]
-    after = [max(0, s + c - n) for s, c, n in zip(skipped, counts, outputs, strict=True)]
-    starts = [b + s for b, s in zip(before, skipped, strict=True)]
-    padded = _pad(gradient, before, after)
-    of_x = functools.partial(_phases_of_dx, stride, starts, counts)
-    of_kernel = functools.partial(_dk_of_depthwise, stride, before, outputs)
-    phases = _apart(of_x, kernel)(kernel, padded)
-    dkernel = _apart(of_kernel, kernel)(kernel, padded, _pad(x, padding, padding))
-    rows = [jnp.stack(phases[i : i + stride], 3) for i in range(0, stride * stride, stride)]
-    dx = jnp.stack(rows, 2).reshape(len(x), *(c * stride for c in counts), x.shape[-1])
-    (top, left), (height, width) = (p % stride for p in padding), sizes
-    return dx[:, top : top + height, left : left + width], dkernel
-
-
-def _phases_of_dx(stride, starts, counts, kernel, gradient):
-    """What each pixel of a square as wide as the stride gets: stride**2 arrays [B, *counts, C]."""
-
-    def phase(i, j):
-        part = kernel[i::stride, j::stride][::-1, ::-1]
-        if not part.size:
-            return jnp.zeros((len(gradient), *counts, gradient.shape[-1]), gradient.dtype)
-        corner = [s - n + 1 for s, n in zip(starts, part.shape, strict=False)]
-        return _shifted_products(1, corner, counts, part, gradient)
-
-    return [phase(i, j) for i, j in itertools.product(range(stride), repeat=2)]
-
-
-def _dk_of_depthwise(stride, starts, size, kernel, gradient, x):
-    # Row by row, so that what is added up stays in the cache: one reduction of all takes twice as long.
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    (top, left), (height, width) = starts, size
-    places = list(itertools.product(*map(range, kernel.shape[:2])))
-
-    def row_of(array, row):
-        return jax.lax.dynamic_index_in_dim(array, row, 1, keepdims=False)
-
-    def add_row(row, sums):
-        parts = [row_of(x, row * stride + i) for i in range(kernel.shape[0])]
-        of_row = row_of(gradient, top + row)[:, left : left + width]
-        return [
-            total + (of_row * parts[i][:, j : j + (width - 1) * stride + 1 : stride]).astype(wide)
-            for total, (i, j) in zip(sums, places, strict=True)
-        ]
-
-    zeros = [jnp.zeros((len(x), width, x.shape[-1]), wide)] * len(places)
-    sums = jax.lax.fori_loop(0, height, add_row, zeros, unroll=2)
-    sums = jnp.stack([total.sum((0, 1)) for total in sums])
-    return sums.reshape(kernel.shape).astype(kernel.dtype)
-
-
 def _gradients_of_pointwise_on_cpu(place, x, kernel, gradient):
     # A product of matrices, not of [B, H, W, C], which XLA would transpose first. The narrower is on the
     # left, as XLA transposes what is there: 4.8 ms, not 7.2, with 16 and 96 features at 112 pixels.
@@ -319,7 +234,7 @@ def _flat_on_cpu(place, x, kernel):
     height, _ = _output_size(place, x, kernel)
 
     def sum_rows(y):
-        y = _pad(y, (padding[0], 0), (padding[0], 0))
+        y = pad(y, (padding[0], 0), (padding[0], 0))
         parts = (y[:, i : i + height, :, i * features : (i + 1) * features] for i in range(rows))
         return functools.reduce(jnp.add, parts)
 
@@ -362,8 +277,7 @@ def _blocks_on_cpu(place, x, kernel):
     outputs, inputs = -(-width // count), -(-(columns + count - 1) // count)
     blocks = outputs + inputs - 1
     right = blocks * count - padding[1] - x.shape[2]
-    zero = jnp.zeros((), x.dtype)
-    x = jax.lax.pad(x, zero, ((0, 0, 0), (0, 0, 0), (padding[1], right, 0), (0, 0, 0)))
+    x = pad(x, (0, padding[1]), (0, right))
     x = x.reshape(*x.shape[:2], blocks, count * channels)
     shifts = [((0, 0), (i, inputs * count - columns - i), (0, 0), (0, 0)) for i in range(count)]
     wide = jnp.concatenate([jnp.pad(kernel, shift) for shift in shifts], axis=-1)
@@ -394,13 +308,11 @@ def _x_in_phases(place, x, kernel):
     """
     stride, padding, _ = place
     batch, *size, channels = x.shape
-    edges, blocks = [], []
-    for n, p, k in zip(size, padding, kernel.shape, strict=False):
-        lead = -(-p // stride) * stride
-        outputs = (n + 2 * p - k) // stride + 1
-        blocks.append(outputs + -(-(k + lead - p) // stride) - 1)
-        edges.append((lead, blocks[-1] * stride - lead - n, 0))
-    x = jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
+    leads = [-(-p // stride) * stride for p in padding]
+    sizes = zip(_output_size(place, x, kernel), kernel.shape, padding, strict=False)
+    blocks = [outputs + -(-(k + -p % stride) // stride) - 1 for outputs, k, p in sizes]
+    after = [n * stride - m - lead for n, m, lead in zip(blocks, size, leads, strict=True)]
+    x = pad(x, leads, after)
     height, width = blocks
     x = x.reshape(batch, height, stride, width, stride * channels).swapaxes(2, 3)
     return x.reshape(batch, height, width, stride * stride * channels)

@@ -11,6 +11,19 @@ def unstack(x, axis: int) -> list:
     return [jax.lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])]
 
 
+def output_size(size, window, stride: int, padding) -> tuple[int, int]:
+    """How many places a window has along the height and the width, with zeros on both sides."""
+    sizes = zip(size, window, padding, strict=True)
+    height, width = ((n + 2 * p - w) // stride + 1 for n, w, p in sizes)
+    return height, width
+
+
+def pad(x, before, after):
+    """x [B, H, W, C] with zeros before and after the height and the width; negative ones cut off."""
+    edges = ((b, a, 0) for b, a in zip(before, after, strict=True))
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
+
+
 def taps(x, window, stride: int, pads, fill=0) -> Iterator[tuple[tuple[int, int], jax.Array]]:
     """What each place (i, j) of a window meets, row by row: of x [B, H, W, C] parts [B, H', W', C].
 
