@@ -30,6 +30,28 @@ def test_growth_measures_a_point_of_each_axis(axis, value):
     assert min(json.loads(done.stdout.splitlines()[-1]).values()) > 0
 
 
+def test_the_picture_compares_with_pytorch(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    together = scripts.load(BENCHMARKS / 'all.py')
+    found = {
+        'step': {'rows': [{'network': 'mlp', 'mode': 'train', 'ratio': [0.5, 0.4, 0.6]}]},
+        'program': {
+            'rows': [
+                {'network': 'mlp', 'ratio': [1.0], 'torch': {'ratio': [0.3, 0.2, 0.4]}},
+                {'network': 'alone', 'ours': {'median': 1.0}},
+            ]
+        },
+        'accuracy': {'rows': [{'network': 'mlp', 'ratio': [0.7, 0.7, 0.7]}]},
+    }
+    assert together.comparisons(found) == {
+        'mlp, train': [0.5, 0.4, 0.6],
+        'mlp, whole program': [0.3, 0.2, 0.4],
+        'mlp, time to accuracy': [0.7, 0.7, 0.7],
+    }
+    together.plot(found, tmp_path / 'ratios.png')
+    assert (tmp_path / 'ratios.png').stat().st_size > 0
+
+
 REFERENCE = """
 class CifarNet:
     def cuda(self):

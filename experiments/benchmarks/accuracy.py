@@ -64,7 +64,7 @@ def theirs(name: str, seed: int, target: float) -> float:
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     loader, images = program.torch_batches(name)
     test = experiment.open_data(program.config_of(name)).validation
-    x, y = (torch.from_numpy(a) for a in pipeline.load_arrays(pipeline.Reader(test)))
+    x, y = (torch.tensor(a) for a in pipeline.load_arrays(pipeline.Reader(test)))
     x = ((x.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25).to(device)
     begin = time.perf_counter()
     model = getattr(peers, name)().to(device, memory_format=torch.channels_last)
@@ -112,12 +112,11 @@ def main():
                 if args.target:
                     command += ['--target', str(args.target)]
                 found.append(float(pairs.last_line(command, side)))
-        ratios = sorted(a / b for a, b in zip(*times.values(), strict=True))
-        rows.append({'network': name, **times, 'ratio': [statistics.median(ratios), *ratios]})
+        rows.append({'network': name, **times, 'ratio': pairs.ratio(*times.values())})
         medians = '  '.join(
             f'{side} {statistics.median(found):.1f} s' for side, found in times.items()
         )
-        print(f'{name:<10}{medians}  ratio {rows[-1]["ratio"][0]:.2f} {ratios}', flush=True)
+        print(f'{name:<10}{medians}  ratio {pairs.show_ratio(rows[-1])}'.rstrip(), flush=True)
     if args.out:
         args.out.write_text(json.dumps({'rows': rows}, indent=1) + '\n')
 

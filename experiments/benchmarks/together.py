@@ -85,7 +85,7 @@ def main():
         pairs.serve(lambda: work(name, args.worker, args.seeds))
         return
     rows = []
-    print(f'{"network":<10}' + ''.join(f'{kind:>26}' for kind in KINDS))
+    print(f'{"network":<10}' + ''.join(f'{kind:>28}' for kind in KINDS))
     for name in args.networks:
         commands = {
             kind: [__file__, name, '--worker', kind, '--seeds', args.seeds] for kind in KINDS
@@ -96,7 +96,7 @@ def main():
         for kind in KINDS:
             row[kind]['ratio'] = pairs.ratio(row[kind]['seconds'], row['loop']['seconds'])
             cell = f'{1000 * row[kind]["median"]:.0f} {pairs.show_ratio(row[kind]).rstrip()}'
-            cells += f'{cell:>26}'
+            cells += f'{cell:>28}'
         rows.append(row)
         print(f'{name:<10}{cells}', flush=True)
     if args.out:
