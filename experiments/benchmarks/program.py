@@ -200,7 +200,11 @@ def main():
         sides.remove('tf.data')
     others = [side for side in sides if side != 'ours'] if 'ours' in sides else []
     heads = ''.join(f'{f"over {side}":<23}' for side in others)
-    print(f'{"network":<13}' + ''.join(f'{side:>9}' for side in sides) + f'  images/s  {heads}'.rstrip())
+    print(
+        f'{"network":<13}'
+        + ''.join(f'{side:>9}' for side in sides)
+        + f'  images/s  {heads}'.rstrip()
+    )
     for name in args.networks:
         commands = {side: [__file__, name, '--worker', side] for side in sides}
         row = {'network': name, **pairs.summary(pairs.interleave(commands, args.rounds))}
