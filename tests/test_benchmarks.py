@@ -52,6 +52,25 @@ def test_the_picture_compares_with_pytorch(monkeypatch, tmp_path):
     assert (tmp_path / 'ratios.png').stat().st_size > 0
 
 
+def test_what_a_user_can_mend_is_a_message(tmp_path):
+    script = tmp_path / 'worker.py'
+    script.write_text(
+        """
+import pairs
+from jaxcls.errors import UserError
+
+def prepare():
+    raise UserError('No data: put them there.')
+
+pairs.serve(prepare)
+"""
+    )
+    path = f'{BENCHMARKS}:{BENCHMARKS.parent.parent}'
+    command = [sys.executable, script]
+    done = subprocess.run(command, capture_output=True, text=True, env={'PYTHONPATH': path})
+    assert done.returncode == 1 and done.stderr == 'No data: put them there.\n'
+
+
 REFERENCE = """
 class CifarNet:
     def cuda(self):

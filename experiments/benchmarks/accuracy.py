@@ -101,7 +101,8 @@ def main():
         out = os.fdopen(os.dup(1), 'w')
         os.dup2(2, 1)
         side = {'ours': ours, 'torch': theirs}[args.worker]
-        print(side(name, args.seed, args.target or TARGET[name]), file=out)
+        with pairs.refusals():
+            print(side(name, args.seed, args.target or TARGET[name]), file=out)
         return
     rows = []
     for name in args.networks:

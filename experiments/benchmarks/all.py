@@ -74,14 +74,21 @@ def main():
     parser.add_argument('--out', type=Path, default=Path('runs/benchmarks'))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    failed = []
     for name in args.only:
         print(f'\n{name}', flush=True)
         out = args.out / f'{name}.json'
-        subprocess.run([sys.executable, FOLDER / f'{name}.py', '--out', out], check=True)
+        command = [sys.executable, FOLDER / f'{name}.py', '--out', out]
+        if subprocess.run(command).returncode:
+            failed.append(name)
         found = {'machine': machine(), **collect(args.out)}
         (args.out / 'benchmarks.json').write_text(json.dumps(found, indent=1) + '\n')
     plot(found, args.out / 'benchmarks.png')
     print(f'\n{args.out / "benchmarks.json"}, {args.out / "benchmarks.png"}')
+    if failed:
+        raise SystemExit(
+            f'Without {", ".join(failed)}, whose messages are above; --only repeats them.'
+        )
 
 
 if __name__ == '__main__':

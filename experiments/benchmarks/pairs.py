@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +38,8 @@ def serve(prepare: Callable[[], tuple[Callable[[], Any], dict[str, Any]]]):
     out = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)  # whatever the libraries print
     begin = time.perf_counter()
-    work, about = prepare()
+    with refusals():
+        work, about = prepare()
     print(json.dumps({'prepare': time.perf_counter() - begin, **about}), file=out, flush=True)
     for _ in sys.stdin:
         work()
@@ -46,6 +47,17 @@ def serve(prepare: Callable[[], tuple[Callable[[], Any], dict[str, Any]]]):
         found = work()
         seconds = time.perf_counter() - begin
         print(json.dumps(seconds if found is None else found), file=out, flush=True)
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """In the worker: what the user can mend, such as data that are not there, is said without a traceback."""
+    from jaxcls.errors import UserError
+
+    try:
+        yield
+    except UserError as error:
+        raise SystemExit(str(error)) from None
 
 
 def interleave(
