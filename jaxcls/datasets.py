@@ -376,12 +376,15 @@ def _split_error(spec: str, sizes: dict[str, int], problem: str) -> UserError:
 _MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 
 
-def decode(
-    image: bytes | np.ndarray,
-    channels: int,
-    change: Callable[[Image.Image], Image.Image] | None = None,
-) -> np.ndarray:
-    """Decodes an image to uint8 [H, W, channels].
+def decode(image: bytes | np.ndarray, channels: int) -> np.ndarray:
+    """`decode_picture` as uint8 [H, W, channels]."""
+    if isinstance(image, np.ndarray):
+        return _match_channels(image, channels)
+    return to_array(decode_picture(image, channels))
+
+
+def decode_picture(image: bytes | np.ndarray, channels: int) -> Image.Image:
+    """Decodes an image to a picture of Pillow's with `channels` of 8 bits.
 
     Grey, palette, CMYK and 16-bit images are converted. Transparent ones are laid on white, as a
     browser shows them, unless there are 4 channels. EXIF orientation is applied: photos stand as
@@ -390,21 +393,19 @@ def decode(
     Args:
       image: a file of one of FORMATS, or uint8 [H, W, C].
       channels: 1 (luminance), 3 (RGB) or 4 (RGBA); for an array also its own number.
-      change: of the decoded picture, before it is an array, such as a crop and another size.
 
     Raises:
       UserError: damaged, above MAX_PIXELS by its header (nothing is decoded then), or 32-bit.
     """
     if isinstance(image, np.ndarray):
-        matched = _match_channels(image, channels)
-        return _changed(matched, change) if change else matched
+        return to_picture(_match_channels(image, channels))
     try:
         with Image.open(io.BytesIO(image), formats=FORMATS) as picture:
             pixels = picture.width * picture.height
             if pixels <= MAX_PIXELS:
                 with _one_large if pixels > _LARGE else contextlib.nullcontext():
-                    converted = _converted(picture, _MODES[channels])
-                    return _to_array(change(converted) if change else converted)
+                    picture.load()  # after this block there is no file to load it from
+                    return _converted(picture, _MODES[channels])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         pixels = MAX_PIXELS + 1
     except UserError:
@@ -446,19 +447,15 @@ def _converted(picture: Image.Image, mode: str) -> Image.Image:
     return picture if picture.mode == mode else picture.convert(mode)
 
 
-def _to_array(picture: Image.Image) -> np.ndarray:
+def to_array(picture: Image.Image) -> np.ndarray:
+    """The pixels of a picture, uint8 [H, W, C]."""
     array = np.asarray(picture)
     return array[..., None] if array.ndim == 2 else array
 
 
-def _to_picture(image: np.ndarray) -> Image.Image:
+def to_picture(image: np.ndarray) -> Image.Image:
+    """A picture of the pixels, uint8 [H, W, C]."""
     return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-
-
-def _changed(image: np.ndarray, change: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-    picture = _to_picture(image)
-    changed = change(picture)
-    return image if changed is picture else _to_array(changed)
 
 
 def _match_channels(image: np.ndarray, channels: int) -> np.ndarray:
@@ -466,4 +463,4 @@ def _match_channels(image: np.ndarray, channels: int) -> np.ndarray:
         return image
     if image.shape[-1] == 1:
         return np.repeat(image, channels, axis=-1)
-    return _to_array(_converted(_to_picture(image), _MODES[channels]))
+    return to_array(_converted(to_picture(image), _MODES[channels]))

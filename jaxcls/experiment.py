@@ -265,14 +265,14 @@ def decode_image(experiment: Experiment, encoded: bytes) -> np.ndarray:
       UserError: no image.
     """
     height, width, channels = experiment.image_shape
+    picture = datasets.decode_picture(encoded, channels)
     data = experiment.config.data
     if height == width:
         fraction = data.crop_fraction if data.image_size else 1.0
-        box = functools.partial(pipeline.center_box, fraction=fraction)
+        box = pipeline.center_box(picture.height, picture.width, fraction)
     else:
-        box = pipeline.whole_box
-    resize = functools.partial(pipeline.resize, size=(height, width), box=box)
-    return datasets.decode(encoded, channels, resize)
+        box = (0, 0, *picture.size)
+    return pipeline.resize(picture, (height, width), box)
 
 
 def make_feed(

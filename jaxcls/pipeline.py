@@ -127,21 +127,19 @@ class Reader(NamedTuple):
         Raises:
           UserError: it cannot be read or decoded; names the file.
         """
+        decode = datasets.decode_picture if self.size else datasets.decode
         try:
             encoded, label = self.split.source[index]
-            return datasets.decode(encoded, self.split.shape[2], self._resize(position)), label
+            image = decode(encoded, self.split.shape[2])
         except (UserError, OSError) as error:
             raise UserError(f'{name_of(self.split.source, index)}: {_why(error)}') from error
-
-    def _resize(self, position: int) -> Callable[[Image.Image], Image.Image] | None:
-        if not self.size:
-            return None
-        if self.crop == 'random_resized':
+        if self.size and self.crop == 'random_resized':
             rng = np.random.Generator(np.random.Philox(key=[self.seed, position]))
-            box = functools.partial(random_box, rng)
-        else:
-            box = functools.partial(center_box, fraction=self.crop_fraction)
-        return functools.partial(resize, size=(self.size, self.size), box=box)
+            image = resize(image, self.shape[:2], random_box(rng, image.height, image.width))
+        elif self.size:
+            box = center_box(image.height, image.width, self.crop_fraction)
+            image = resize(image, self.shape[:2], box)
+        return image, label
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -213,11 +211,6 @@ def center_box(height: int, width: int, fraction: float) -> Box:
     return left, top, left + side, top + side
 
 
-def whole_box(height: int, width: int) -> Box:
-    """All of an image."""
-    return 0, 0, width, height
-
-
 def boxes_in_crop(
     boxes: np.ndarray, sizes: Sequence[tuple[int, int]], fraction: float
 ) -> np.ndarray:
@@ -245,14 +238,11 @@ def random_box(rng: np.random.Generator, height: int, width: int) -> Box:
     return center_box(height, width, 1.0)
 
 
-def resize(
-    picture: Image.Image, size: tuple[int, int], box: Callable[[int, int], Box]
-) -> Image.Image:
-    """`box(height, width)` of a picture in `size`, (H, W), through an antialiased triangle filter."""
-    part = box(picture.height, picture.width)
-    if picture.size == size[::-1] and part == (0, 0, *picture.size):
-        return picture
-    return picture.resize(size[::-1], Image.Resampling.BILINEAR, box=part)
+def resize(picture: Image.Image, size: tuple[int, int], box: Box) -> np.ndarray:
+    """The box of a picture as uint8 [*size, C], through an antialiased triangle filter."""
+    if picture.size != size[::-1] or box != (0, 0, *picture.size):
+        picture = picture.resize(size[::-1], Image.Resampling.BILINEAR, box=box)
+    return datasets.to_array(picture)
 
 
 def check_size(split: datasets.Split, image_size: int):

@@ -594,15 +594,15 @@ def test_threads_decode_large_images_one_at_a_time(monkeypatch, large, alone):
     file, decoding, seen = io.BytesIO(), set(), []
     Image.new('RGB', (20, 20)).save(file, 'PNG')
 
-    def slow(picture):
+    def slow(picture, mode):
         decoding.add(id(picture))
         time.sleep(0.05)
         seen.append(len(decoding))
         decoding.remove(id(picture))
-        return np.asarray(picture)
+        return picture
 
     monkeypatch.setattr(datasets, '_LARGE', large)
-    monkeypatch.setattr(datasets, '_to_array', slow)
+    monkeypatch.setattr(datasets, '_converted', slow)
     with ThreadPoolExecutor(4) as threads:
         images = list(threads.map(lambda _: datasets.decode(file.getvalue(), 3), range(4)))
     assert len(images) == 4 and (max(seen) == 1) == alone

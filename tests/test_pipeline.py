@@ -116,9 +116,9 @@ def test_random_boxes_have_the_area_and_aspect_of_the_paper():
 
 
 def test_a_centre_crop_of_the_whole_square_changes_nothing():
-    picture = Image.new('RGB', (4, 4))
-    whole = functools.partial(pipeline.center_box, fraction=1.0)
-    assert pipeline.resize(picture, (4, 4), whole) is picture
+    image = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+    resized = pipeline.resize(Image.fromarray(image), (4, 4), pipeline.center_box(4, 4, 1.0))
+    np.testing.assert_array_equal(resized, image)
     assert pipeline.center_box(10, 20, 0.5) == (7.5, 2.5, 12.5, 7.5)
 
 

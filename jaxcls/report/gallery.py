@@ -113,9 +113,8 @@ def fit(pixels: np.ndarray) -> np.ndarray:
     if factor >= 1:
         return pixels
     size = [max(1, round(n * factor)) for n in (pixels.shape[1], pixels.shape[0])]
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-    resized = np.asarray(image.resize(size, Image.Resampling.LANCZOS))
-    return resized.reshape(*resized.shape[:2], pixels.shape[-1])
+    picture = datasets.to_picture(pixels)
+    return datasets.to_array(picture.resize(size, Image.Resampling.LANCZOS))
 
 
 def _explained(member: Member) -> list[dict] | str:
