@@ -4,6 +4,7 @@ An entry of SCHEDULES is `build(learning_rate, span, **arguments) -> schedule`, 
 from the end of warm-up. `make_schedule` puts the two together.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -165,5 +166,10 @@ def make_schedule(
     if warmup:
         ramp = optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, warmup)
         schedule = optax.join_schedules([ramp, schedule], [warmup])
-    # Compiled, a fall to 0 may end a rounding error below it.
-    return lambda count: jnp.maximum(jnp.asarray(schedule(count), jnp.float32), 0.0)
+
+    @functools.partial(jax.jit, inline=True)  # one program where it is called by itself, not eight
+    def learning_rate_at(count):
+        # Compiled, a fall to 0 may end a rounding error below it.
+        return jnp.maximum(jnp.asarray(schedule(count), jnp.float32), 0.0)
+
+    return learning_rate_at
