@@ -10,6 +10,8 @@ from PIL import Image
 from jaxcls import classify, config, datasets, fit, main, predict, runs
 from jaxcls.errors import UserError
 
+pytestmark = pytest.mark.usefixtures('optimized')
+
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
