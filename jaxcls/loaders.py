@@ -201,32 +201,34 @@ def canvas(location: str, data_dir: str, seed: int) -> Dataset:
 def _draw_canvases(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images uint8 [N, H, W, 1], labels and boxes of one of the digits' splits."""
     source = digits('', '', 0).open(split)
-    images = source.images[..., 0]
-    random = np.random.RandomState(len(images))  # NumPy keeps its stream for good
-    drawn = [_place(images, i, random) for i in range(len(images)) for _ in range(_COPIES)]
+    pictures = [Image.fromarray(image) for image in source.images[..., 0]]
+    random = np.random.RandomState(len(pictures))  # NumPy keeps its stream for good
+
+    @functools.cache
+    def resized(i: int, side: int) -> np.ndarray:
+        return np.asarray(pictures[i].resize((side, side), Image.Resampling.BILINEAR))
+
+    count = len(pictures)
+    drawn = [_place(resized, count, i, random) for i in range(count) for _ in range(_COPIES)]
     pixels, boxes = map(np.stack, zip(*drawn, strict=True))
     return pixels[..., None], np.repeat(source.labels, _COPIES), np.float32(boxes)
 
 
-def _place(images: np.ndarray, i: int, random: np.random.RandomState) -> tuple[np.ndarray, list]:
-    """A canvas with image i and its box, over six scraps of other images and some noise."""
+def _place(resized: Callable, count: int, i: int, random) -> tuple[np.ndarray, list]:
+    """A canvas with image i and its box, over six scraps of any of `count` images and some noise."""
     pixels = random.randint(0, 32, (_CANVAS, _CANVAS)).astype(np.uint8)
-    for other in random.randint(0, len(images), 6):
-        scrap = _resized(images[other], random.randint(12, 25))[: random.randint(4, 8), :6]
+    for other in random.randint(0, count, 6):
+        scrap = resized(other, random.randint(12, 25))[: random.randint(4, 8), :6]
         top, left = (random.randint(0, _CANVAS - n + 1) for n in scrap.shape)
         region = pixels[top : top + scrap.shape[0], left : left + scrap.shape[1]]
         np.maximum(region, scrap, out=region)
-    digit = _resized(images[i], random.randint(12, 25))
+    digit = resized(i, random.randint(12, 25))
     top, left = random.randint(0, _CANVAS - len(digit) + 1, 2)
     region = pixels[top : top + len(digit), left : left + len(digit)]
     np.maximum(region, digit, out=region)
     rows, columns = (np.flatnonzero((digit > 64).any(axis)) for axis in (1, 0))
     edges = [top + rows[0], left + columns[0], top + rows[-1] + 1, left + columns[-1] + 1]
     return pixels, [edge / _CANVAS for edge in edges]
-
-
-def _resized(image: np.ndarray, side: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
 
 
 def folder(location: str, data_dir: str, seed: int) -> Dataset:
