@@ -214,7 +214,9 @@ def _draw_canvases(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return pixels[..., None], np.repeat(source.labels, _COPIES), np.float32(boxes)
 
 
-def _place(resized: Callable, count: int, i: int, random) -> tuple[np.ndarray, list]:
+def _place(
+    resized: Callable[[int, int], np.ndarray], count: int, i: int, random: np.random.RandomState
+) -> tuple[np.ndarray, list]:
     """A canvas with image i and its box, over six scraps of any of `count` images and some noise."""
     pixels = random.randint(0, 32, (_CANVAS, _CANVAS)).astype(np.uint8)
     for other in random.randint(0, count, 6):

@@ -42,13 +42,9 @@ NEUTRAL = [
 ]
 
 
-# Half the time to compile.
-QUICK = {'xla_backend_optimization_level': 0}
-
-
 @functools.cache
 def compiled(specs):
-    return jax.jit(make_augment(json.loads(specs)), compiler_options=QUICK)
+    return jax.jit(make_augment(json.loads(specs)))
 
 
 def apply(key, batch, *specs):
@@ -423,7 +419,7 @@ def test_level_operations_match_pillow(channels):
 
 @functools.cache
 def _op(name):
-    return jax.jit(getattr(image_ops, name), compiler_options=QUICK)
+    return jax.jit(getattr(image_ops, name))
 
 
 @pytest.mark.parametrize('name', ['equalize', 'autocontrast'])
@@ -470,7 +466,7 @@ SIZE = (18, 16)
 RANGES = image_ops.PolicyRanges(40.0, 0.5, (6.0, 10.0), enhance=0.8, posterize=6.0)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def _every_op(image, ranges):
     one = functools.partial(image_ops.policy_op, image, ranges=ranges)
     over = jax.vmap(one, (0, None, None))

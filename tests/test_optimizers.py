@@ -13,8 +13,6 @@ from jaxcls.optimizers import OPTIMIZERS, make_optimizer
 from jaxcls.schedules import make_schedule
 
 STEPS = 30
-# Compiling is all that these tests take time for.
-jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 # Where the default rate of 0.05 or a slow start would need more steps than a test has.
 SETTINGS = {
     'adadelta': {'rate': 5.0},
@@ -50,7 +48,7 @@ def problem():
         logits = hidden @ params['dense'] + params['bias']
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-    return jit(jax.value_and_grad(loss)), params
+    return jax.jit(jax.value_and_grad(loss)), params
 
 
 def schedule(name='constant', rate=1.0, warmup_epochs=0.0):
@@ -65,7 +63,7 @@ def schedule(name='constant', rate=1.0, warmup_epochs=0.0):
 
 def one_update(params, grads, **kwargs):
     tx = make_optimizer(**{'schedule': schedule(), **kwargs})
-    update = jit(lambda p, g: tx.update(g, tx.init(p), p, value=jnp.float32(1.0))[0])
+    update = jax.jit(lambda p, g: tx.update(g, tx.init(p), p, value=jnp.float32(1.0))[0])
     return update(params, grads)
 
 
@@ -80,7 +78,7 @@ def test_the_loss_falls_in_one_program_on_donated_arrays(name, problem):
     rate = schedule('cosine' if 'free' not in name else 'constant', settings.pop('rate'), 0.3)
     tx = make_optimizer(name=name, schedule=rate, weight_decay=1e-3, **settings)
 
-    @functools.partial(jit, donate_argnums=(0, 1))
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(params, state, value, grads):
         updates, state = tx.update(grads, state, params, value=value)
         return optax.apply_updates(params, updates), state
@@ -147,7 +145,7 @@ def test_decoupled_decay_follows_the_schedule(name, problem):
     _, params = problem
     rate = schedule('linear', 0.2, warmup_epochs=0.5)
     tx = make_optimizer(name=name, schedule=rate, weight_decay=0.5)
-    update, state = jit(tx.update), tx.init(params)
+    update, state = jax.jit(tx.update), tx.init(params)
     for step in range(3):
         updates, state = update(jax.tree.map(jnp.zeros_like, params), state, params)
         np.testing.assert_allclose(
@@ -195,7 +193,7 @@ def test_equal_to_pytorch(theirs, their_arguments, ours, problem):
     def loss(params):
         return jnp.sum((params['w'] - target) ** 4) + optimizers.penalty(params, 0.0, l2)
 
-    @jit
+    @jax.jit
     def step(params, state):
         updates, state = tx.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
@@ -213,7 +211,7 @@ def test_neutral_settings_equal_the_plain_chain(problem):
         params, grads, name='adam', weight_decay=0.0, clip_norm=0.0, adaptive_clip=0.0
     )
     plain = optax.adam(1.0)
-    expected = jit(lambda g: plain.update(g, plain.init(g))[0])(grads)
+    expected = jax.jit(lambda g: plain.update(g, plain.init(g))[0])(grads)
     jax.tree.map(np.testing.assert_array_equal, updates, expected)
 
 
@@ -258,7 +256,7 @@ def test_polyak_steps_are_the_gap_over_the_squared_gradient_and_capped(problem):
 def test_schedule_free_evaluates_the_average_and_others_the_parameters(problem):
     _, params = problem
     tx = make_optimizer(name='schedule_free_sgd', schedule=schedule(rate=0.1), clip_norm=1e3)
-    update, state, iterates, current = jit(tx.update), tx.init(params), [], params
+    update, state, iterates, current = jax.jit(tx.update), tx.init(params), [], params
     for _ in range(3):
         updates, state = update(jax.tree.map(jnp.ones_like, params), state, current)
         current = optax.apply_updates(current, updates)
@@ -299,7 +297,7 @@ def test_penalty_by_hand_and_without_biases(problem):
     assert float(optimizers.penalty(params, 0.3, 0.5)) == pytest.approx(expected, rel=1e-5)
     assert optimizers.penalty(params, 0.0, 0.0) == 0.0
     gradient = jax.grad(lambda params: optimizers.penalty(params, 0.3, 0.5))
-    found = jit(gradient)(params)
+    found = jax.jit(gradient)(params)
     assert not found['bias'].any()
     by_hand = 0.3 * np.sign(params['conv']) + 0.5 * params['conv']
     np.testing.assert_allclose(found['conv'], by_hand, rtol=1e-5)

@@ -54,7 +54,7 @@ def seconds(name: str, command: list[str], folder: str, i: int) -> float:
     cache = f'{folder}/cold-{i}' if 'cold' in name else f'{folder}/warm'
     if 'step' in name:
         command = [*command[:-1], f'{command[-1]}-{i}']
-    env = {**os.environ, 'JAXCLS_CACHE': cache}
+    env = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': cache}
     begin = time.perf_counter()
     subprocess.run([sys.executable, *command], env=env, check=True, capture_output=True)
     return time.perf_counter() - begin

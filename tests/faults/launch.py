@@ -60,7 +60,6 @@ def environment() -> dict[str, str]:
         **os.environ,
         'JAXCLS_CACHE': str(CACHE),
         'JAX_NUM_CPU_DEVICES': '1',
-        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
         'PYTHONUNBUFFERED': '1',
         'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1',  # else it would start itself once more
     }
