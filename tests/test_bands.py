@@ -14,6 +14,7 @@ from jaxcls.models.bands import convolve_each, pays_in_bands
 SHAPES = [
     (12, 1, 5, 6, 1, 2),
     (14, 6, 5, 16, 1, 0),
+    (9, 1, 3, 6, 1, 1),  # two rows together, and one left over
     (9, 3, 3, 100, 1, 1),  # an output alone
     (9, 3, 3, 60, 1, 1),  # two together, and one left over
     (9, 3, 3, 60, 2, 1),
