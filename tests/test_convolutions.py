@@ -107,12 +107,38 @@ def test_the_kernel_gradient_of_each_example_is_that_of_a_batch_of_one(shape):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_on_a_gpu_alone_a_stem_reads_squares_of_pixels_as_features():
-    x, kernel = inputs(2, 32, 3, 7, 8, 1)
+@pytest.mark.parametrize(
+    ('size', 'stride', 'features', 'on_gpu'),
+    [(7, 2, 8, '4x4x12x8'), (3, 1, 32, '3x2x24x256')],
+    ids=['squares of pixels at stride 2', 'eight columns at stride 1'],
+)
+def test_on_a_gpu_alone_a_stem_takes_pixels_as_features(size, stride, features, on_gpu):
+    x, kernel = inputs(2, 32, 3, size, features, 1)
+    padding = (size // 2, size // 2)
 
     def lowered(platform):
-        traced = jax.jit(lambda *args: convolutions.convolve(*args, 2, (3, 3))).trace(x, kernel)
+        traced = jax.jit(lambda *args: convolutions.convolve(*args, stride, padding)).trace(
+            x, kernel
+        )
         return traced.lower(lowering_platforms=(platform,)).as_text()
 
-    assert 'tensor<4x4x12x8xf32>' in lowered('cuda')
-    assert 'tensor<4x4x12x8xf32>' not in lowered('tpu') and 'tensor<7x7x3x8xf32>' in lowered('tpu')
+    assert f'tensor<{on_gpu}xf32>' in lowered('cuda')
+    assert f'tensor<{on_gpu}xf32>' not in lowered('tpu')
+    assert f'tensor<{size}x{size}x3x{features}xf32>' in lowered('tpu')
+
+
+@pytest.mark.parametrize('padding', [0, 1])
+def test_columns_in_blocks_of_eight_are_the_same_convolution(padding):
+    x, kernel = inputs(2, 13, 3, 3, 24, 1)
+    place = 1, (padding, padding), 1
+
+    def weighted(form, *args):
+        y = form(place, *args)
+        return jnp.sin(y).sum(), y
+
+    found, expected = (
+        jax.value_and_grad(functools.partial(weighted, form), (0, 1), has_aux=True)(x, kernel)
+        for form in (functools.partial(convolutions._in_blocks, 8), convolutions._convolution)
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

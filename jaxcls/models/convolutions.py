@@ -1,8 +1,9 @@
 """The convolution of all networks: on CPU the fastest exact form for its shape, elsewhere mostly XLA's own.
 
 On a GPU a stem at stride 2 has the pixels of a square as features (a train step of ResNet-50 in bfloat16 with
-128 images takes 19.5 ms on one H200, not 19.9), and under `vmap` with a kernel for each of many networks
-products of matrices may be taken (`bands.py`). What follows is of CPUs.
+128 images takes 19.5 ms on one H200, not 19.9), one at stride 1 those of 8 columns (3 to 64 features at 32
+pixels, 1,024 images: 112 us forwards, not 195, and 120 for the kernel, not 139), and under `vmap` with a
+kernel for each of many networks products of matrices may be taken (`bands.py`). What follows is of CPUs.
 
 All forms but Winograd's compute the same sums, some in another order. Times are of 2 cores with AVX2, in
 milliseconds, batch 128 (8 from 56 pixels on).
@@ -81,7 +82,9 @@ traced_once = functools.partial(jax.jit, static_argnums=0, inline=True)
 @traced_once
 def _convolve(place, x, kernel):
     on_cpu, _ = _forms_on_cpu(place, x, kernel)
-    on_gpu, plain = (form and _or_of_each(place, form) for form in _forms_elsewhere(place, x))
+    on_gpu, plain = (
+        form and _or_of_each(place, form) for form in _forms_elsewhere(place, x, kernel)
+    )
     return _on_device(plain, x, kernel, cpu=on_cpu, cuda=on_gpu)
 
 
@@ -94,7 +97,7 @@ def _backward(place, saved, gradient):
     # All forms start from what all save, so that none makes another keep more.
     _, on_cpu = _forms_on_cpu(place, *saved)
     on_gpu, plain = (
-        form and _or_of_each(place, form, _gradients) for form in _forms_elsewhere(place, saved[0])
+        form and _or_of_each(place, form, _gradients) for form in _forms_elsewhere(place, *saved)
     )
     return _on_device(plain, *saved, gradient, cpu=on_cpu, cuda=on_gpu)
 
@@ -107,10 +110,14 @@ def _on_device(plain, *args, **forms):
     return jax.lax.platform_dependent(*args, **forms, default=plain) if forms else plain(*args)
 
 
-def _forms_elsewhere(place, x):
+def _forms_elsewhere(place, x, kernel):
     """`(x, kernel) -> y` of a GPU, None where it is that of the other accelerators, and that."""
-    in_phases = functools.partial(_in_phases, place) if _pays_in_phases(place, x) else None
-    return in_phases, functools.partial(_convolution, place)
+    on_gpu = None
+    if _pays_in_phases(place, x):
+        on_gpu = functools.partial(_in_phases, place)
+    elif _pays_in_blocks(place, x) and kernel.shape[-1] >= 24:  # with fewer it was not measured
+        on_gpu = functools.partial(_in_blocks, 8, place)
+    return on_gpu, functools.partial(_convolution, place)
 
 
 def _or_of_each(place, form, of=lambda form, *args: form(*args)):
@@ -186,8 +193,8 @@ def _forms_on_cpu(place, x, kernel):
     if groups == 1:
         if _pays_in_phases(place, x):
             form = _in_phases
-        elif place[0] == 1 and x.shape[-1] <= 4:
-            form = _blocks_on_cpu
+        elif _pays_in_blocks(place, x):
+            form = functools.partial(_in_blocks, 4 if kernel.shape[-1] <= 32 else 2)
         else:
             form = _faster_form(place, x, kernel)
         form = form and functools.partial(form, place)
@@ -268,11 +275,16 @@ def _wide_on_cpu(place, x, kernel):
     return y.reshape(*y.shape[:2], -1, features)[:, :, :width]
 
 
-def _blocks_on_cpu(place, x, kernel):
-    # Eigen copies what a kernel meets number by number where x has 1 or 3 features. So columns are taken
-    # together, as features, and as many outputs computed as one, by a kernel with zeros in it.
+def _pays_in_blocks(place, x) -> bool:
+    stride, _, groups = place
+    return stride == groups == 1 and x.shape[-1] <= 4
+
+
+def _in_blocks(count, place, x, kernel):
+    # Where x has 1 or 3 features, Eigen copies what a kernel meets number by number, and cuDNN pads them. So
+    # `count` columns are taken together, as features, and as many outputs computed as one, by a kernel with
+    # zeros in it.
     (_, padding, _), (rows, columns, channels, features) = place, kernel.shape
-    count = 4 if features <= 32 else 2
     _, width = _output_size(place, x, kernel)
     outputs, inputs = -(-width // count), -(-(columns + count - 1) // count)
     blocks = outputs + inputs - 1
