@@ -1,9 +1,10 @@
 """(h) The speed run against its authors' script on the same GPU, in turn.
 
     python experiments/benchmarks/airbench.py PATH/airbench94_muon.py [--rounds=5] [--out=airbench.json]
+    python experiments/benchmarks/airbench.py PATH/airbench96_faster.py
 
-The script is that of https://github.com/KellerJordan/cifar10-airbench, as it stands. In the files that it
-looks for it finds the CIFAR-10 that we read, re-encoded as JPEG or not. Its seconds are those it counts,
+The script is one of https://github.com/KellerJordan/cifar10-airbench, as it stands. In the files that
+it looks for it finds the CIFAR-10 that we read, re-encoded as JPEG or not. Its seconds are those it counts,
 which leave out what it evaluates after each epoch; ours are of a whole run (`speedrun_cifar.py`). Accuracy is
 that of six views. Needs a GPU, and minutes: the script tunes its kernels first. With the environment
 variables TORCHINDUCTOR_MAX_AUTOTUNE_CONV_BACKENDS=ATEN and TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS=ATEN
@@ -17,30 +18,80 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pairs
 
 SPEEDRUN = Path(__file__).parent.parent / 'speedrun_cifar.py'
-RECIPE = 'airbench94_muon'
 SIDES = ('ours', 'theirs')
-USED = ('class CifarNet', 'def main(run, model)', 'def print_training_details')
 
 
-def ours():
+class Script(NamedTuple):
+    """One of the authors' scripts.
+
+    Attributes:
+      main: how the definition of its `main` begins, by which it is known.
+      prepare: `module -> (a run, which returns the accuracy)`, to be compiled as the script does.
+      seconds: the variable of a run that holds what it took.
+    """
+
+    main: str
+    prepare: Callable[[Any], Callable[[], float]]
+    seconds: str
+
+
+def _airbench94(module):
+    import torch
+
+    model = module.CifarNet().cuda().to(memory_format=torch.channels_last)
+    model.compile(mode='max-autotune')
+    module.main('warmup', model)
+    return lambda: module.main(0, model)
+
+
+def _airbench96(module):
+    import torch
+
+    nets = [module.make_net(module.hyp[name]) for name in ('proxy', 'net', 'net')]
+    for net in nets[0], nets[2]:
+        net[0].bias.requires_grad = False
+    nets = [torch.compile(net, mode='max-autotune') for net in nets]
+    return lambda: module.main(0, module.hyp, *nets)
+
+
+# By the name of our recipe.
+SCRIPTS = {
+    'airbench94_muon': Script('def main(run, model):', _airbench94, 'time_seconds'),
+    'airbench96_faster': Script(
+        'def main(run, hyp, model_proxy, model_trainbias, model_freezebias):',
+        _airbench96,
+        'total_time_seconds',
+    ),
+}
+
+
+def recipe_of(script: Path) -> str | None:
+    """Which recipe of ours a script is."""
+    parts = {ast.unparse(part).splitlines()[0] for part in ast.parse(script.read_text()).body}
+    return next((name for name, known in SCRIPTS.items() if known.main in parts), None)
+
+
+def ours(name: str):
     """A run of ours, each with the next seed."""
     from jaxcls import config
 
     speedrun = config.module_of(SPEEDRUN)
-    recipe = speedrun.RECIPES[RECIPE]
-    run, seed = speedrun.make_run(speedrun.get_config(RECIPE), recipe, 'flip_diagonal'), 0
+    run = speedrun.make_run(speedrun.get_config(name), speedrun.RECIPES[name], 'flip_diagonal')
+    seed = 0
 
     def work():
         nonlocal seed
         seed += 1
         return run(seed)
 
-    return work, {}
+    return work, run(0)
 
 
 def write_splits(folder: Path):
@@ -60,24 +111,32 @@ def write_splits(folder: Path):
 
 def theirs(script: Path, folder: Path):
     """A run of the script, which keeps what it has compiled."""
-    import torch
-
     from jaxcls import config
 
+    known = SCRIPTS[recipe_of(script)]
     sys.argv = [str(script)]  # it reads its own text there
     os.chdir(folder)
-    reference, found = config.module_of(script), {}
-    sys.modules[reference.__name__] = reference  # where torch.compile looks for it
-    reference.print_training_details = lambda values, is_final_entry: found.update(values)
-    model = reference.CifarNet().cuda().to(memory_format=torch.channels_last)
-    model.compile(mode='max-autotune')
-    reference.main('warmup', model)
+    module, seconds = config.module_of(script), 0.0
+    sys.modules[module.__name__] = module  # where torch.compile looks for it
+
+    def note(values, is_final_entry):
+        nonlocal seconds
+        seconds = values[known.seconds]
+
+    module.print_training_details = note
+    run = known.prepare(module)
 
     def work():
-        top1 = reference.main(0, model)
-        return {'seconds': found['time_seconds'], 'top1': top1}
+        top1 = run()
+        return {'seconds': seconds, 'top1': top1}
 
-    return work, {}
+    return work, work()
+
+
+def tell(side: str, news: dict):
+    """A line when a side is ready and after each of its runs: each takes minutes or seconds."""
+    ready = f' after {news["prepare"]:.0f} s, first run' if 'prepare' in news else ''
+    print(f'{side}{ready}: {news["seconds"]:.2f} s, {100 * news["top1"]:.2f}%', flush=True)
 
 
 def table(rows: dict[str, list[dict]]) -> str:
@@ -99,15 +158,13 @@ def table(rows: dict[str, list[dict]]) -> str:
 def obstacle(script: Path) -> str:
     """Why it cannot be timed here; '' where it can."""
     if not script.is_file():
-        return f'{script} is no file; get airbench94_muon.py of its authors.'
+        return f'{script} is no file; get {" or ".join(SCRIPTS)}.py of its authors.'
     try:
-        parts = ast.parse(script.read_text()).body
+        name = recipe_of(script)
     except (SyntaxError, UnicodeDecodeError) as error:
         return f'{script} is no Python: {error}'
-    names = {ast.unparse(part).splitlines()[0] for part in parts}
-    missing = [name for name in USED if not any(line.startswith(name) for line in names)]
-    if missing:
-        return f'{script} has no {", ".join(missing)}: it is not airbench94_muon.py.'
+    if not name:
+        return f'{script} is not {" or ".join(SCRIPTS)}.py: no `main` with the arguments of theirs.'
     if not importlib.util.find_spec('torch'):
         return "PyTorch is not installed: pip install -e '.[bench]'."
     import torch
@@ -134,7 +191,11 @@ def main():
         print('written')
         return
     if args.worker:
-        pairs.serve(ours if args.worker == 'ours' else lambda: theirs(script, args.folder))
+        side = {
+            'ours': lambda: ours(recipe_of(script)),
+            'theirs': lambda: theirs(script, args.folder),
+        }
+        pairs.serve(side[args.worker], warm_up=False)
         return
     if why := obstacle(script):
         parser.error(why)
@@ -144,11 +205,13 @@ def main():
             for name in (*SIDES, 'splits')
         }
         pairs.last_line(commands.pop('splits'), 'splits')  # a process that gives the GPU back
-        found = pairs.interleave(commands, args.rounds)
+        found = pairs.interleave(commands, args.rounds, uncounted=0, on_news=tell)
     rows = {side: timing.seconds for side, timing in found.items()}
     print(table(rows))
     if args.out:
-        args.out.write_text(json.dumps({'recipe': RECIPE, 'rows': rows}, indent=1) + '\n')
+        args.out.write_text(
+            json.dumps({'recipe': recipe_of(script), 'rows': rows}, indent=1) + '\n'
+        )
 
 
 if __name__ == '__main__':

@@ -28,12 +28,13 @@ class Timing(NamedTuple):
     about: dict[str, Any]
 
 
-def serve(prepare: Callable[[], tuple[Callable[[], Any], dict[str, Any]]]):
+def serve(prepare: Callable[[], tuple[Callable[[], Any], dict[str, Any]]], warm_up: bool = True):
     """In the worker: prepares (compiles, warms up) once, then runs as often as it is asked to.
 
     Args:
       prepare: returns the work, which has ended when it returns, and what to say about it. Where the work
         returns something, as what it has timed itself, that takes the place of the seconds.
+      warm_up: whether a turn is the work twice. Whole trainings are long enough as they are.
     """
     out = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)  # whatever the libraries print
@@ -42,7 +43,8 @@ def serve(prepare: Callable[[], tuple[Callable[[], Any], dict[str, Any]]]):
         work, about = prepare()
     print(json.dumps({'prepare': time.perf_counter() - begin, **about}), file=out, flush=True)
     for _ in sys.stdin:
-        work()
+        if warm_up:
+            work()
         begin = time.perf_counter()
         found = work()
         seconds = time.perf_counter() - begin
@@ -61,13 +63,19 @@ def refusals() -> Iterator[None]:
 
 
 def interleave(
-    commands: dict[str, Sequence[str]], rounds: int, env: dict[str, dict[str, str]] | None = None
+    commands: dict[str, Sequence[str]],
+    rounds: int,
+    env: dict[str, dict[str, str]] | None = None,
+    uncounted: int = 1,
+    on_news: Callable[[str, Any], None] = lambda name, news: None,
 ) -> dict[str, Timing]:
-    """Times workers in turn, after one round that does not count.
+    """Times workers in turn.
 
     Args:
       commands: by name: the worker's script and arguments.
       env: by name: more variables of its environment.
+      uncounted: rounds before those that count.
+      on_news: told the name and what a worker says of itself when it is ready, and then of each turn.
 
     Raises:
       SystemExit: a worker ended.
@@ -88,13 +96,15 @@ def interleave(
             stack.callback(_signal, worker, signal.SIGKILL)
             about[name] = json.loads(_line(worker, name))
             _signal(worker, signal.SIGSTOP)
-        for i in range(rounds + 1):
+            on_news(name, about[name])
+        for i in range(uncounted + rounds):
             for name, worker in workers.items():
                 _signal(worker, signal.SIGCONT)
                 print('go', file=worker.stdin, flush=True)
                 took = json.loads(_line(worker, name))
                 _signal(worker, signal.SIGSTOP)
-                if i:
+                on_news(name, took)
+                if i >= uncounted:
                     seconds[name].append(took)
     return {name: Timing(seconds[name], about[name]) for name in workers}
 

@@ -5,8 +5,8 @@
 Milliseconds of one step of all seeds, each with its own batch, interleaved; and the ratio to one after
 another, with its spread. On an accelerator a program has ten steps. Spread: every device has its share of
 the seeds, unrolled; on CPU there is one virtual device per core. `seeds.per_program` takes one at a time on
-CPU because of this table; elsewhere all together: on an H200 eight LeNet-5 take 1.4 to 2.0 ms by `vmap` and
-4.9 one after another. ResNet-20's were not measured there.
+CPU because of this table; elsewhere all together: on an H200 eight LeNet-5 take 1.16 ms by `vmap` and 4.16
+one after another. ResNet-20 as a whole was not measured there.
 """
 
 import argparse
@@ -77,25 +77,27 @@ def main():
     parser.add_argument('networks', nargs='*', type=pairs.one_of(step_lib.CASES), default=nets)
     parser.add_argument('--seeds', type=pairs.at_least_1, default=8)
     parser.add_argument('--rounds', type=pairs.at_least_1, default=7)
+    parser.add_argument('--kinds', type=pairs.some_of(KINDS), default=list(KINDS))
     parser.add_argument('--out', type=pairs.new_file, default=None)
     parser.add_argument('--worker', default='')
     args = parser.parse_args()
+    kinds = dict.fromkeys(['loop', *args.kinds])  # what the others are compared with
     if args.worker:
         [name] = args.networks
         pairs.serve(lambda: work(name, args.worker, args.seeds))
         return
     rows = []
-    print(f'{"network":<10}' + ''.join(f'{kind:>28}' for kind in KINDS))
+    print(f'{"network":<10}' + ''.join(f'{kind:>28}' for kind in kinds))
     for name in args.networks:
         commands = {
-            kind: [__file__, name, '--worker', kind, '--seeds', args.seeds] for kind in KINDS
+            kind: [__file__, name, '--worker', kind, '--seeds', args.seeds] for kind in kinds
         }
         spread = {'JAX_NUM_CPU_DEVICES': str(os.cpu_count())}
         found = pairs.interleave(commands, args.rounds, {'devices': spread})
         row, cells = {'network': name, 'seeds': args.seeds, **pairs.summary(found)}, ''
-        for kind in KINDS:
+        for kind in kinds:
             row[kind]['ratio'] = pairs.ratio(row[kind]['seconds'], row['loop']['seconds'])
-            cell = f'{1000 * row[kind]["median"]:.0f} {pairs.show_ratio(row[kind]).rstrip()}'
+            cell = f'{1000 * row[kind]["median"]:.3g} {pairs.show_ratio(row[kind]).rstrip()}'
             cells += f'{cell:>28}'
         rows.append(row)
         print(f'{name:<10}{cells}', flush=True)
