@@ -10,6 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import scripts
+from jaxcls import experiment
 from jaxcls.models import airbench
 
 PATH = Path(__file__).parent.parent / 'experiments' / 'speedrun_cifar.py'
@@ -94,8 +95,64 @@ def test_the_covariance_on_the_device_is_that_of_the_model(speedrun):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def experiments_of(speedrun, augment):
+    """The network of airbench96_faster and its proxy, small, and a raw batch of eight."""
+    config = speedrun.get_config('airbench96_faster', batch_size=8, augment=augment)
+    config.precision, config.model.widths = 'float32', (4, 4)
+    built = [
+        experiment.build(experiment.resolve(c), (16, 16, 3), 4, 80)
+        for c in (config, {**config.to_dict(), 'model': {'name': 'airbench94', 'widths': (2, 2)}})
+    ]
+    rng = np.random.default_rng(0)
+    rows = {name: np.arange(8, dtype=np.int32) for name in ('index', 'epoch')}
+    label = rng.integers(0, 4, 8, np.int32)
+    image = rng.integers(0, 256, (8, 16, 16, 3), np.uint8)
+    batch = {**rows, 'label': label, 'image': image, 'mask': label >= 0}
+    return built, [experiment.init(part, 0) for part in built], jax.tree.map(jnp.asarray, batch)
+
+
+def assert_close(found, expected):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), found, expected)
+
+
+def test_the_examples_of_the_proxys_highest_losses_are_trained_on(speedrun):
+    (net, proxy), states, batch = experiments_of(speedrun, augment=[])
+    step = speedrun.make_selective_step(net, proxy, speedrun.Selection({}, share=3 / 8, every=2))
+    (state, small), sums = jax.jit(step)(states, batch)
+    mean, std = map(np.float32, (net.config.data.mean, net.config.data.std))
+    image = (batch['image'] / 255 - mean) / std
+    variables = {'params': states[1].params, 'batch_stats': states[1].batch_stats}
+    (logits, _), _ = proxy.model.apply(variables, image, train=True, mutable=['batch_stats'])
+    chosen = np.argsort(proxy.loss(logits, jax.nn.one_hot(batch['label'], 4)))[-3:]
+    plain, _ = jax.jit(net.train_step)(states[0], {k: x[chosen] for k, x in batch.items()})
+    assert_close(state.params, plain.params)
+    masked = {**batch, 'mask': np.isin(np.arange(8), chosen)}
+    learnt, _ = jax.jit(proxy.train_step)(states[1], masked)
+    assert_close(small.params, learnt.params)
+    assert sums['examples'] == 3
+
+
+def test_a_whole_batch_is_trained_on_as_without_a_proxy_which_learns_every_other_step(speedrun):
+    flip = [{'name': 'flip'}, {'name': 'pad_crop', 'padding': 2}]
+    (net, proxy), states, batch = experiments_of(speedrun, flip)
+    step = speedrun.make_selective_step(net, proxy, speedrun.Selection({}, share=1.0, every=2))
+    plain, found = states[0], [states]
+    for _ in range(2):
+        plain, _ = jax.jit(net.train_step)(plain, batch)
+        found.append(jax.jit(step)(found[-1], batch)[0])
+    assert_close(found[-1][0].params, plain.params)
+    before, after, last = (jax.tree.leaves(small.params) for _, small in found)
+    assert any((a != b).any() for a, b in zip(before, after, strict=True))
+    assert all((a == b).all() for a, b in zip(after, last, strict=True))
+
+
 @pytest.mark.parametrize(
-    'name', ['airbench94_muon', pytest.param('airbench94', marks=pytest.mark.slow)]
+    'name',
+    [
+        'airbench94_muon',
+        'airbench96_faster',
+        pytest.param('airbench94', marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_depends_on_its_seed_alone(speedrun, name, tmp_path):
     rng = np.random.default_rng(0)
@@ -108,6 +165,12 @@ def test_a_run_depends_on_its_seed_alone(speedrun, name, tmp_path):
     config = speedrun.get_config(name, batch_size=8, epochs=0.6)
     config.model.widths = (4, 4)
     config.data.name = f'npz:{tmp_path / "data.npz"}'
-    run = speedrun.make_run(config, speedrun.RECIPES[name], 'none')
+    recipe = speedrun.RECIPES[name]
+    if recipe.selection:
+        selection = speedrun.Selection(
+            {**recipe.selection.model, 'widths': (2, 2)}, share=0.5, every=2
+        )
+        recipe = recipe._replace(selection=selection)
+    run = speedrun.make_run(config, recipe, 'none')
     found = [run(seed)['top1'] for seed in (1, 2, 1)]
     assert found[0] == found[2] and 0 <= min(found) <= max(found) <= 1

@@ -90,26 +90,29 @@ class Whiten(nn.Module):
 class Group(nn.Module):
     """3x3 convolutions, each with a norm without scale and an activation; the first has a 2x2 pool.
 
-    [B, H, W, C] -> [B, H // 2, W // 2, features]. `AirBench` documents `depth` and `residual`.
+    [B, H, W, C] -> [B, H // 2, W // 2, features]. `AirBench` documents the fields.
     """
 
     features: int
     depth: int
     residual: bool
+    sum_first: bool
     style: Style
 
     @nn.compact
     def __call__(self, x, *, train: bool):
-        style, activations = self.style, []
+        style, first = self.style, None
         fields = {'use_scale': False, 'dtype': style.dtype, 'param_dtype': style.param_dtype}
         for i in range(1, self.depth + 1):
             x = Conv(self.features, 3, style, name=f'conv{i}')(x)
             if i == 1:
                 x = max_pool(x, 2, 2)
             x = NORMS[style.norm](self.features, train, style, name=f'norm{i}', **fields)(x)
+            if i == self.depth and self.residual and self.sum_first:
+                x = x + first
             x = ACTIVATIONS[style.activation](x)
-            activations.append(x)
-        return x + activations[0] if self.residual else x
+            first = x if i == 1 else first
+        return x + first if self.residual and not self.sum_first else x
 
 
 class AirBench(nn.Module):
@@ -126,6 +129,7 @@ class AirBench(nn.Module):
       widths: channels of each group, which halves height and width.
       depth: convolutions in a group.
       residual: add a group's first activation to its last.
+      sum_first: add it before the last activation is applied, as later versions do.
       whitening_size: height and width of the patches.
       whitening_epsilon: added to the variance along each eigenvector of the patches.
       logit_scale: factor on the logits.
@@ -139,6 +143,7 @@ class AirBench(nn.Module):
     widths: tuple[int, ...] = (64, 256, 256)
     depth: int = 2
     residual: bool = False
+    sum_first: bool = False
     whitening_size: int = 2
     whitening_epsilon: float = 5e-4
     logit_scale: float = 1 / 9
@@ -161,6 +166,8 @@ class AirBench(nn.Module):
             require(0 < value < math.inf, field, value, 'more than 0 and finite')
         deep = self.depth > 1 or not self.residual
         require(deep, 'depth', self.depth, 'at least 2 with residual=True')
+        used = self.residual or not self.sum_first
+        require(used, 'sum_first', self.sum_first, 'False without residual=True')
 
     @nn.compact
     def __call__(self, images, *, train: bool = False):
@@ -170,7 +177,7 @@ class AirBench(nn.Module):
         x = ACTIVATIONS[self.activation](x)
         features = {'stem': x}
         for i, width in enumerate(self.widths, 1):
-            group = Group(width, self.depth, self.residual, style, name=f'stage{i}')
+            group = Group(width, self.depth, self.residual, self.sum_first, style, name=f'stage{i}')
             x = features[f'stage{i}'] = group(x, train=train)
         x = max_pool(x, 3, 3)
         x = features['pooled'] = x.reshape(x.shape[0], -1)
@@ -195,7 +202,7 @@ class AirBench(nn.Module):
 
 MODELS = {
     'airbench94': partial(AirBench, widths=(64, 256, 256)),
-    # The paper's; its authors later made it narrower, (128, 384, 512), and activate after the sum.
+    # The paper's; its authors later made it narrower (`airbench96_faster` of experiments/speedrun_cifar.py).
     'airbench96': partial(AirBench, widths=(128, 512, 512), depth=3, residual=True),
 }
 
