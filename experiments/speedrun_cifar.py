@@ -4,25 +4,26 @@
     python experiments/speedrun_cifar.py --runs=2 --epochs=0.01 --batch-size=64 --tta=none   # a dry run
 
 Recipes: `airbench94_muon`, its authors' fastest (https://github.com/KellerJordan/cifar10-airbench: Muon
-with kernels of constant norm, batches of 2,000, 8 epochs); `airbench94` and `airbench96` of the paper, which
-are the recipe of airbench_cifar.py with what that leaves out: rates 64 times as high for the biases of
-norms, lookahead; `airbench96_faster`, its authors' later one: a small network, the proxy, which learns beside
-the other from every fourth batch, chooses the half of each batch that the other learns from. Test images are seen in six views. On an accelerator every run is one program, from the
-first step to the last, with both splits on the device. Seconds of a run are from its seed to its accuracy:
-whitening, training, evaluation. Compilation, in a first run that does not count, is told apart.
+with kernels of constant norm, batches of 2,000, 8 epochs); `airbench94` and `airbench96` of the paper,
+which are the recipe of airbench_cifar.py with what that leaves out: rates 64 times as high for the biases
+of norms, lookahead; `airbench96_faster`, its authors' later one: a small network, the proxy, which learns
+beside the other from every fourth batch, chooses the half of each batch that the other learns from. Test
+images are seen in six views. On an accelerator every run is one program, from the first step to the last,
+with both splits on the device. Seconds of a run are from its seed to its accuracy: whitening, training,
+evaluation. Compilation, in a first run that does not count, is told apart.
 
 Published, of one A100 with PyTorch: airbench94_muon 94.01% in 2.59 s, airbench94 94.01% in 3.83 s,
-airbench96 96.05% in 46.3 s, airbench96_faster 96.00% in 27.3 s. Hardware, time, accuracy of ours: one NVIDIA H200, airbench94_muon, CIFAR-10
-re-encoded as JPEG (which costs accuracy), 5 runs: 90.85% +- 0.15 in 1.43 s (median; 1.38 to 1.82, beside
-other programs), after 39 s of reading, compiling and a first run. The authors' script on the same card in
-the same minutes, choosing among kernels of cuDNN and cuBLAS (benchmarks/airbench.py): 90.68% +- 0.19 in
-1.61 s (1.57 to 1.67), after 176 s. That was before max pools had the gradient of models/maxima.py. On 2 CPU
-cores, one epoch of 12,500 images in batches of 500, float32, two seeds: theirs 67.1 and 66.6% of 2,000 test
-images, ours 65.5 and 66.5%. airbench96_faster has not been timed: on the H200 its authors' script was still
-compiling after 5 minutes. On CPU with small networks (widths 16, 32, 32 and 8, 16, 16), ten epochs of the
-12,500 images, float32: theirs 53.0 and 50.1% of the 2,000, ours 54.0%. What differs from the paper: views
-count alike, the bias of the whitening learns to the end without Muon, and what airbench_cifar.py says of
-warm-up and decay.
+airbench96 96.05% in 46.3 s, airbench96_faster 96.00% in 27.3 s. Hardware, time, accuracy of ours: one
+NVIDIA H200, airbench94_muon, CIFAR-10 re-encoded as JPEG (which costs accuracy), 5 runs: 90.85% +- 0.15 in
+1.43 s (median; 1.38 to 1.82, beside other programs), after 39 s of reading, compiling and a first run. The
+authors' script on the same card in the same minutes, choosing among kernels of cuDNN and cuBLAS
+(benchmarks/airbench.py): 90.68% +- 0.19 in 1.61 s (1.57 to 1.67), after 176 s. That was before max pools
+had the gradient of models/maxima.py. On 2 CPU cores, one epoch of 12,500 images in batches of 500, float32,
+two seeds: theirs 67.1 and 66.6% of 2,000 test images, ours 65.5 and 66.5%. airbench96_faster has not been
+timed: on the H200 its authors' script was still in its first run, which compiles, after about 5 minutes. On
+CPU with small networks (widths 16, 32, 32 and 8, 16, 16), ten epochs of the 12,500 images, float32: theirs
+53.0 and 50.1% of the 2,000, ours 54.0%. What differs from the paper: views count alike, the bias of the
+whitening learns to the end without Muon, and what airbench_cifar.py says of warm-up and decay.
 As a config it is airbench94 without the additions:
 
     python -m jaxcls.main --config=experiments/speedrun_cifar.py
