@@ -15,7 +15,7 @@ from jaxcls.models.references import CONV
 from parity import Pair, check_evaluation, check_training
 
 
-def torch_airbench(widths, depth=2, residual=False):
+def torch_airbench(widths, depth=2, residual=False, sum_first=False):
     """The network that Jordan 2024 describes."""
 
     def make():
@@ -42,8 +42,12 @@ def torch_airbench(widths, depth=2, residual=False):
             def forward(self, x):
                 x = nn.functional.max_pool2d(self.convs[0](x), 2)
                 x = first = nn.functional.gelu(self.norms[0](x))
-                for conv, norm in zip(self.convs[1:], self.norms[1:], strict=True):
+                for conv, norm in zip(self.convs[1:-1], self.norms[1:-1], strict=True):
                     x = nn.functional.gelu(norm(conv(x)))
+                x = self.norms[-1](self.convs[-1](x))
+                if sum_first:
+                    return nn.functional.gelu(x + first)
+                x = nn.functional.gelu(x)
                 return x + first if residual else x
 
         class Net(nn.Module):
@@ -76,6 +80,13 @@ PAIRS = {
     'airbench94': Pair('airbench94', torch_airbench((8, 12)), {'widths': (8, 12)}, 16, 'torch'),
     'airbench96': Pair(
         'airbench96', torch_airbench((8, 12), 3, True), {'widths': (8, 12)}, 16, 'torch'
+    ),
+    'airbench96, sum first': Pair(
+        'airbench96',
+        torch_airbench((8, 12), 3, sum_first=True),
+        {'widths': (8, 12), 'sum_first': True},
+        16,
+        'torch',
     ),
 }
 FULL = {
@@ -297,6 +308,7 @@ def test_norms_have_no_scale_and_without_one_the_convolutions_have_biases(norm):
         ({'widths': (8, 0)}, 'widths=(8, 0)'),
         ({'depth': 0}, 'depth=0'),
         ({'depth': 1, 'residual': True}, 'depth is 1; it must be at least 2'),
+        ({'sum_first': True}, 'sum_first is True; it must be False without residual=True'),
         ({'whitening_size': 0}, 'whitening_size=0'),
         ({'whitening_epsilon': 0.0}, 'whitening_epsilon is 0.0'),
         ({'logit_scale': float('nan')}, 'logit_scale is nan'),

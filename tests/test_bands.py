@@ -20,20 +20,26 @@ SHAPES = [
     (9, 3, 3, 60, 2, 1),
     (11, 2, 7, 4, 2, 3),
     (8, 3, 1, 4, 2, 0),
+    ((7, 12), 2, (3, 5), 4, 1, (1, 0)),
+    ((3, 9), 2, (3, 1), 4, 1, 0),  # one row of outputs
 ]
+
+
+def sides(size):
+    return size if isinstance(size, tuple) else (size, size)
 
 
 def inputs(size, channels, kernel, features):
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((2, 3, size, size, channels))
-    kernel = rng.standard_normal((2, kernel, kernel, channels, features))
+    x = rng.standard_normal((2, 3, *sides(size), channels))
+    kernel = rng.standard_normal((2, *sides(kernel), channels, features))
     return jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
 
 
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
 def test_it_is_the_convolution_of_each_with_its_gradients(shape):
     *sizes, stride, padding = shape
-    place = stride, (padding, padding), 1
+    place = stride, sides(padding), 1
     forms = (
         functools.partial(convolve_each, place),
         jax.vmap(functools.partial(convolutions._convolution, place)),
@@ -82,7 +88,7 @@ def test_under_vmap_each_network_has_its_own(axes, monkeypatch):
             np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-4)
 
 
-def test_what_would_copy_more_than_was_measured_keeps_its_groups():
+def test_what_would_copy_much_keeps_its_groups():
     place = 1, (1, 1), 1
     shapes = [((8, 64, 32, 32, 16), (8, 3, 3, 16, 16)), ((8, 64, 28, 28, 1), (8, 3, 3, 1, 8))]
     wide, narrow = ([jax.ShapeDtypeStruct(s, jnp.float32) for s in pair] for pair in shapes)

@@ -146,7 +146,7 @@ def test_airbench_says_what_a_side_has_done_as_soon_as_it_has(airbench, capsys):
     airbench.tell('ours', {'prepare': 70.2, 'seconds': 1.5, 'top1': 0.5})
     airbench.tell('ours', {'seconds': 1.25, 'top1': 0.75})
     assert capsys.readouterr().out.splitlines() == [
-        'ours after 70 s, first run: 1.50 s, 50.00%',
+        'ours ready in 70 s, of which the first run: 1.50 s, 50.00%',
         'ours: 1.25 s, 75.00%',
     ]
 
@@ -208,7 +208,7 @@ def work():
     return state()
 
 
-pairs.serve(lambda: (work, {}))
+pairs.serve(lambda: (work, {'ready': True}), times=int(sys.argv[3]))
 """
 
 
@@ -220,8 +220,11 @@ def test_a_worker_is_stopped_while_another_has_its_turn(tmp_path, monkeypatch):
 
     script = tmp_path / 'worker.py'
     script.write_text(WORKER)
-    pids = tmp_path / 'a', tmp_path / 'b'
-    commands = {'a': [script, *pids], 'b': [script, *reversed(pids)]}
-    found = pairs.interleave(commands, 3)
+    pids, news = (tmp_path / 'a', tmp_path / 'b'), []
+    commands = {'a': [script, *pids, 2], 'b': [script, *reversed(pids), 1]}
+    found = pairs.interleave(commands, 3, on_news=lambda *args: news.append(args))
     assert all(timing.seconds == ['T'] * 3 for timing in found.values())
+    ready, turns = news[:2], news[2:]
+    assert [(name, about['ready']) for name, about in ready] == [('a', True), ('b', True)]
+    assert turns == [('a', 'T'), ('b', 'T')] * 4  # one more than counts
     assert not any(Path('/proc', path.read_text()).exists() for path in pids)

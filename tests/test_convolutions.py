@@ -109,22 +109,40 @@ def test_the_kernel_gradient_of_each_example_is_that_of_a_batch_of_one(shape):
 
 @pytest.mark.parametrize(
     ('size', 'stride', 'features', 'on_gpu'),
-    [(7, 2, 8, '4x4x12x8'), (3, 1, 32, '3x2x24x256')],
-    ids=['squares of pixels at stride 2', 'eight columns at stride 1'],
+    [(7, 2, 8, '4x4x12x8'), (3, 1, 32, '3x2x24x256'), (3, 1, 16, '3x3x3x16')],
+    ids=['squares of pixels at stride 2', 'eight columns at stride 1', 'few features'],
 )
 def test_on_a_gpu_alone_a_stem_takes_pixels_as_features(size, stride, features, on_gpu):
     x, kernel = inputs(2, 32, 3, size, features, 1)
     padding = (size // 2, size // 2)
+    plain = f'tensor<{size}x{size}x3x{features}xf32>'
 
-    def lowered(platform):
-        traced = jax.jit(lambda *args: convolutions.convolve(*args, stride, padding)).trace(
-            x, kernel
-        )
-        return traced.lower(lowering_platforms=(platform,)).as_text()
+    def convolve(x, kernel):
+        return convolutions.convolve(x, kernel, stride, padding)
 
-    assert f'tensor<{on_gpu}xf32>' in lowered('cuda')
-    assert f'tensor<{on_gpu}xf32>' not in lowered('tpu')
-    assert f'tensor<{size}x{size}x3x{features}xf32>' in lowered('tpu')
+    def lowered(function, platform):
+        return jax.jit(function).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+
+    for function in (convolve, jax.grad(lambda *args: jnp.sin(convolve(*args)).sum(), 1)):
+        assert f'tensor<{on_gpu}xf32>' in lowered(function, 'cuda')
+        others = lowered(function, 'tpu')
+        assert plain in others and (on_gpu in plain or on_gpu not in others)
+
+
+def test_on_a_gpu_narrow_images_and_kernel_gradients_of_each_example_take_no_blocks():
+    narrow, kernel = inputs(2, 7, 3, 3, 32, 1)
+    wide, _ = inputs(2, 32, 3, 3, 32, 1)
+
+    def convolve(kernel, x):
+        return convolutions.convolve(x, kernel, 1, (1, 1))
+
+    def of_each(kernel, x):
+        gradient = jax.grad(lambda kernel, x: convolve(kernel, x[None]).sum())
+        return jax.vmap(gradient, (None, 0))(kernel, x)
+
+    for function, x in ((convolve, narrow), (of_each, wide)):
+        lowered = jax.jit(function).trace(kernel, x).lower(lowering_platforms=('cuda',))
+        assert '3x2x24x256' not in lowered.as_text()
 
 
 @pytest.mark.parametrize('padding', [0, 1])
@@ -142,3 +160,13 @@ def test_columns_in_blocks_of_eight_are_the_same_convolution(padding):
     )
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_the_parts_of_a_kernels_gradient_in_blocks_are_added_up_in_float32():
+    x, kernel = (a.astype(jnp.bfloat16) for a in inputs(16, 32, 3, 3, 24, 1))
+    gradient = jax.grad(
+        lambda k: convolutions._in_blocks(8, (1, (1, 1), 1), x, k).astype(jnp.float32).sum()
+    )
+    wide = jax.make_jaxpr(gradient)(kernel)
+    sums = [e for e in wide.eqns if e.primitive.name == 'add_any']
+    assert sums and all(e.outvars[0].aval.dtype == jnp.float32 for e in sums)

@@ -95,14 +95,13 @@ def test_the_covariance_on_the_device_is_that_of_the_model(speedrun):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def experiments_of(speedrun, augment):
+def experiments_of(speedrun, augment, every=2):
     """The network of airbench96_faster and its proxy, small, and a raw batch of eight."""
-    config = speedrun.get_config('airbench96_faster', batch_size=8, augment=augment)
+    config = speedrun.get_config('airbench96_faster', batch_size=8, epochs=2, augment=augment)
     config.precision, config.model.widths = 'float32', (4, 4)
-    built = [
-        experiment.build(experiment.resolve(c), (16, 16, 3), 4, 80)
-        for c in (config, {**config.to_dict(), 'model': {'name': 'airbench94', 'widths': (2, 2)}})
-    ]
+    net = experiment.build(experiment.resolve(config), (16, 16, 3), 4, 80)
+    selection = speedrun.Selection({'name': 'airbench94', 'widths': (2, 2)}, 1.0, every)
+    built = [net, speedrun.make_proxy(net, selection)]
     rng = np.random.default_rng(0)
     rows = {name: np.arange(8, dtype=np.int32) for name in ('index', 'epoch')}
     label = rng.integers(0, 4, 8, np.int32)
@@ -117,13 +116,15 @@ def assert_close(found, expected):
 
 def test_the_examples_of_the_proxys_highest_losses_are_trained_on(speedrun):
     (net, proxy), states, batch = experiments_of(speedrun, augment=[])
+    batch['mask'] = batch['mask'].at[0].set(False)  # of an image that could not be decoded
     step = speedrun.make_selective_step(net, proxy, speedrun.Selection({}, share=3 / 8, every=2))
     (state, small), sums = jax.jit(step)(states, batch)
     mean, std = map(np.float32, (net.config.data.mean, net.config.data.std))
     image = (batch['image'] / 255 - mean) / std
     variables = {'params': states[1].params, 'batch_stats': states[1].batch_stats}
     (logits, _), _ = proxy.model.apply(variables, image, train=True, mutable=['batch_stats'])
-    chosen = np.argsort(proxy.loss(logits, jax.nn.one_hot(batch['label'], 4)))[-3:]
+    values = proxy.loss(logits, jax.nn.one_hot(batch['label'], 4))
+    chosen = 1 + np.argsort(values[1:])[-3:]
     plain, _ = jax.jit(net.train_step)(states[0], {k: x[chosen] for k, x in batch.items()})
     assert_close(state.params, plain.params)
     masked = {**batch, 'mask': np.isin(np.arange(8), chosen)}
@@ -136,6 +137,7 @@ def test_a_whole_batch_is_trained_on_as_without_a_proxy_which_learns_every_other
     flip = [{'name': 'flip'}, {'name': 'pad_crop', 'padding': 2}]
     (net, proxy), states, batch = experiments_of(speedrun, flip)
     step = speedrun.make_selective_step(net, proxy, speedrun.Selection({}, share=1.0, every=2))
+    assert (net.total_steps, proxy.total_steps) == (20, 10)
     plain, found = states[0], [states]
     for _ in range(2):
         plain, _ = jax.jit(net.train_step)(plain, batch)
@@ -144,6 +146,42 @@ def test_a_whole_batch_is_trained_on_as_without_a_proxy_which_learns_every_other
     before, after, last = (jax.tree.leaves(small.params) for _, small in found)
     assert any((a != b).any() for a, b in zip(before, after, strict=True))
     assert all((a == b).all() for a, b in zip(after, last, strict=True))
+
+
+def test_the_recipe_with_a_proxy_has_the_numbers_of_its_script(speedrun):
+    config = speedrun.get_config('airbench96_faster')
+    steps = round(config.epochs * 50_000 / 1024)
+    assert steps == 2160 and round(config.warmup_epochs * 50_000 / 1024) == 216
+    # Of the sum over a batch, as there: the rate, and what it takes off a weight each step.
+    rate = 9 / (1024 * (1 + 1 / (1 - 0.85)))
+    np.testing.assert_allclose(config.learning_rate, 512 * rate)
+    decay = 0.012 * 1024 / (1024 * (1 + 1 / (1 - 0.85)))
+    np.testing.assert_allclose(config.learning_rate * config.l2, decay)
+
+
+def test_the_share_of_the_warm_up_stays_with_other_epochs(speedrun):
+    shares = {
+        name: [
+            c.warmup_epochs / c.epochs
+            for c in (speedrun.get_config(name, **more) for more in ({}, {'epochs': 3.0}))
+        ]
+        for name in ('airbench96', 'airbench96_faster')
+    }
+    assert shares['airbench96'] == pytest.approx([2.3 / 9.9] * 2)
+    assert shares['airbench96_faster'] == pytest.approx([0.1] * 2)
+
+
+def test_the_proxys_stem_stays_and_its_biases_are_fast(speedrun):
+    (_, proxy), (_, state), batch = experiments_of(speedrun, augment=[])
+    gradients = jax.tree.map(jnp.ones_like, state.params)
+    updates, _ = proxy.tx.update(gradients, state.opt_state, state.params)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(updates['stem']))
+    bias, kernel = (
+        updates['stage1'][name][leaf] for name, leaf in (('norm1', 'bias'), ('conv1', 'kernel'))
+    )
+    np.testing.assert_allclose(bias, 64 * kernel[0, 0, 0], rtol=1e-5)
+    learnt, _ = proxy.train_step(state, batch)
+    jax.tree.map(np.testing.assert_array_equal, learnt.params['stem'], state.params['stem'])
 
 
 @pytest.mark.parametrize(

@@ -134,8 +134,10 @@ def theirs(script: Path, folder: Path):
 
 
 def tell(side: str, news: dict):
-    """A line when a side is ready and after each of its runs: each takes minutes or seconds."""
-    ready = f' after {news["prepare"]:.0f} s, first run' if 'prepare' in news else ''
+    """A line when a side is ready, and after each of its runs: it may take minutes to the next."""
+    ready = (
+        f' ready in {news["prepare"]:.0f} s, of which the first run' if 'prepare' in news else ''
+    )
     print(f'{side}{ready}: {news["seconds"]:.2f} s, {100 * news["top1"]:.2f}%', flush=True)
 
 
@@ -195,7 +197,7 @@ def main():
             'ours': lambda: ours(recipe_of(script)),
             'theirs': lambda: theirs(script, args.folder),
         }
-        pairs.serve(side[args.worker], warm_up=False)
+        pairs.serve(side[args.worker], times=1)
         return
     if why := obstacle(script):
         parser.error(why)

@@ -1,10 +1,11 @@
 """Programs timed against each other: each in its own process, on the same work, in turn.
 
 A worker calls `serve(prepare)`. Its parent calls `interleave(commands)`, which starts one process after
-another, and then lets each run alone, one after the other and so on. A turn is the work twice, and the
-second is timed: what a worker gave back to the system meanwhile it has to get anew in the first (a virtual
-machine may even give it back to its host), which took up to as long as the work itself. Between its turns a
-worker is stopped, with the processes it has started: it would read ahead, and be timed at reading a buffer.
+another, and then lets each run alone, one after the other and so on. A turn is the work twice (`times`),
+and the last is timed: what a worker gave back to the system meanwhile it has to get anew in the first (a
+virtual machine may even give it back to its host), which took up to as long as the work itself. Between its
+turns a worker is stopped, with the processes it has started: it would read ahead, and be timed at reading a
+buffer.
 """
 
 import argparse
@@ -28,13 +29,13 @@ class Timing(NamedTuple):
     about: dict[str, Any]
 
 
-def serve(prepare: Callable[[], tuple[Callable[[], Any], dict[str, Any]]], warm_up: bool = True):
+def serve(prepare: Callable[[], tuple[Callable[[], Any], dict[str, Any]]], times: int = 2):
     """In the worker: prepares (compiles, warms up) once, then runs as often as it is asked to.
 
     Args:
       prepare: returns the work, which has ended when it returns, and what to say about it. Where the work
         returns something, as what it has timed itself, that takes the place of the seconds.
-      warm_up: whether a turn is the work twice. Whole trainings are long enough as they are.
+      times: how often a turn does the work, the last of which is timed. Once is enough for whole trainings.
     """
     out = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)  # whatever the libraries print
@@ -43,7 +44,7 @@ def serve(prepare: Callable[[], tuple[Callable[[], Any], dict[str, Any]]], warm_
         work, about = prepare()
     print(json.dumps({'prepare': time.perf_counter() - begin, **about}), file=out, flush=True)
     for _ in sys.stdin:
-        if warm_up:
+        for _ in range(times - 1):
             work()
         begin = time.perf_counter()
         found = work()

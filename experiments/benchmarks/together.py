@@ -97,7 +97,7 @@ def main():
         row, cells = {'network': name, 'seeds': args.seeds, **pairs.summary(found)}, ''
         for kind in kinds:
             row[kind]['ratio'] = pairs.ratio(row[kind]['seconds'], row['loop']['seconds'])
-            cell = f'{1000 * row[kind]["median"]:.3g} {pairs.show_ratio(row[kind]).rstrip()}'
+            cell = f'{1000 * row[kind]["median"]:.2f} {pairs.show_ratio(row[kind]).rstrip()}'
             cells += f'{cell:>28}'
         rows.append(row)
         print(f'{name:<10}{cells}', flush=True)

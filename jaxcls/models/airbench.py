@@ -96,8 +96,8 @@ class Group(nn.Module):
     features: int
     depth: int
     residual: bool
-    sum_first: bool
     style: Style
+    sum_first: bool = False
 
     @nn.compact
     def __call__(self, x, *, train: bool):
@@ -108,11 +108,15 @@ class Group(nn.Module):
             if i == 1:
                 x = max_pool(x, 2, 2)
             x = NORMS[style.norm](self.features, train, style, name=f'norm{i}', **fields)(x)
-            if i == self.depth and self.residual and self.sum_first:
+            last = self.residual and i == self.depth
+            if last and self.sum_first:
                 x = x + first
             x = ACTIVATIONS[style.activation](x)
-            first = x if i == 1 else first
-        return x + first if self.residual and not self.sum_first else x
+            if last and not self.sum_first:
+                x = x + first
+            if i == 1:
+                first = x
+        return x
 
 
 class AirBench(nn.Module):
@@ -177,7 +181,7 @@ class AirBench(nn.Module):
         x = ACTIVATIONS[self.activation](x)
         features = {'stem': x}
         for i, width in enumerate(self.widths, 1):
-            group = Group(width, self.depth, self.residual, self.sum_first, style, name=f'stage{i}')
+            group = Group(width, self.depth, self.residual, style, self.sum_first, name=f'stage{i}')
             x = features[f'stage{i}'] = group(x, train=train)
         x = max_pool(x, 3, 3)
         x = features['pooled'] = x.reshape(x.shape[0], -1)

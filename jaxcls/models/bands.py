@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from jaxcls.models.slices import output_size
 
-ROWS = 2  # one by one, the two convolutions of the eight take 0.88 ms, and 0.74 like this
-COLUMNS = 168  # with half as many, the eight take 1.7 to 1.8 ms
-MOST_COPIED = 2  # numbers for each output; what needs more was not measured
+ROWS = 2  # of outputs in a block: row by row, LeNet-5's two convolutions take 0.88 ms, and 0.74 like this
+COLUMNS = 168  # features of a row of a block, at most; half as many are slower
+MOST_COPIED = 2  # numbers for each output: LeNet-5's second has 1.6, most of ResNet-20's 3.3
 
 
 def pays_in_bands(place, x, kernel) -> bool:
@@ -35,10 +35,9 @@ def _sizes(place, x, kernel) -> tuple[tuple[int, int], tuple[int, int], tuple[in
     size = kernel.shape[1:3]
     height, width = output_size(x.shape[2:4], size, stride, padding)
     columns = max(1, min(width, COLUMNS // kernel.shape[-1]))
-    # Blocks of several rows that are not as wide as the image would have to be transposed.
     block = min(height, ROWS if columns == width else 1), columns
-    rows, columns = ((n - 1) * stride + k for n, k in zip(block, size, strict=True))
-    return block, (rows, columns), (height, width)
+    reads = tuple((n - 1) * stride + k for n, k in zip(block, size, strict=True))
+    return block, reads, (height, width)
 
 
 def convolve_each(place, x, kernel) -> jax.Array:
@@ -52,9 +51,9 @@ def convolve_each(place, x, kernel) -> jax.Array:
     steps = [n * stride for n in block]
     counts = [-(-n // k) for n, k in zip(outputs, block, strict=True)]
     sizes = [(n - 1) * step + k for n, step, k in zip(counts, steps, reads, strict=True)]
-    edges = [(p, n - p - m) for p, n, m in zip(padding, sizes, x.shape[2:4], strict=True)]
-    edges = [(0, 0), (0, 0), *edges, (0, 0)]
-    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(*edge, 0) for edge in edges])
+    none = (0, 0, 0)
+    edges = ((p, n - p - m, 0) for p, n, m in zip(padding, sizes, x.shape[2:4], strict=True))
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [none, none, *edges, none])
     tall = sizes[0] - reads[0] + 1
 
     def windows(start):
@@ -71,6 +70,6 @@ def convolve_each(place, x, kernel) -> jax.Array:
     band = jnp.stack(shifted, -2).reshape(len(kernel), -1, len(shifted) * features)
     # Else XLA adds a bias within the product, as a matrix of its size.
     y = jax.lax.optimization_barrier(jnp.einsum('ebhwk,ekf->ebhwf', blocks, band))
-    y = y.reshape(*x.shape[:2], *counts, *block, features).swapaxes(3, 4)
-    y = y.reshape(*x.shape[:2], counts[0] * block[0], -1, features)
-    return y[:, :, : outputs[0], : outputs[1]]
+    # A block has one row or the whole width: else it would have to be transposed.
+    whole = [n * k for n, k in zip(counts, block, strict=True)]
+    return y.reshape(*x.shape[:2], *whole, features)[:, :, : outputs[0], : outputs[1]]

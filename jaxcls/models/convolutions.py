@@ -2,8 +2,9 @@
 
 On a GPU a stem at stride 2 has the pixels of a square as features (a train step of ResNet-50 in bfloat16 with
 128 images takes 19.5 ms on one H200, not 19.9), one at stride 1 those of 8 columns (3 to 64 features at 32
-pixels, 1,024 images: 112 us forwards, not 195, and 120 for the kernel, not 139), and under `vmap` with a
-kernel for each of many networks products of matrices may be taken (`bands.py`). What follows is of CPUs.
+pixels in bfloat16, 1,024 images: 112 us forwards, not 195, and 120 for the kernel, not 139), and under `vmap`
+with a kernel for each of many networks products of matrices may be taken (`bands.py`). What follows is of
+CPUs.
 
 All forms but Winograd's compute the same sums, some in another order. Times are of 2 cores with AVX2, in
 milliseconds, batch 128 (8 from 56 pixels on).
@@ -115,13 +116,16 @@ def _forms_elsewhere(place, x, kernel):
     on_gpu = None
     if _pays_in_phases(place, x):
         on_gpu = functools.partial(_in_phases, place)
-    elif _pays_in_blocks(place, x) and kernel.shape[-1] >= 24:  # with fewer it was not measured
+    elif _pays_in_blocks(place, x) and x.shape[2] >= 8 and kernel.shape[-1] >= 24:  # as measured
         on_gpu = functools.partial(_in_blocks, 8, place)
     return on_gpu, functools.partial(_convolution, place)
 
 
 def _or_of_each(place, form, of=lambda form, *args: form(*args)):
-    """`of(form, x, kernel, ...)`, but under `vmap` with a kernel for each the form that is faster then."""
+    """`of(form, x, kernel, ...)`, but under `vmap` XLA's own or, with a kernel for each, what is faster then.
+
+    The other forms were measured for one kernel, whose gradient they make larger.
+    """
 
     @jax.custom_batching.custom_vmap
     def of_all(*args):
@@ -137,7 +141,8 @@ def _or_of_each(place, form, of=lambda form, *args: form(*args)):
             out = of(functools.partial(convolve_each, place), *args)
         else:
             axes = [0 if is_batched else None for is_batched in batched]
-            out = jax.vmap(functools.partial(of, form), axes)(*args)
+            plain = functools.partial(_convolution, place)
+            out = jax.vmap(functools.partial(of, plain), axes)(*args)
         return out, jax.tree.map(lambda _: True, out)
 
     return of_all
@@ -292,7 +297,9 @@ def _in_blocks(count, place, x, kernel):
     x = pad(x, (0, padding[1]), (0, right))
     x = x.reshape(*x.shape[:2], blocks, count * channels)
     shifts = [((0, 0), (i, inputs * count - columns - i), (0, 0), (0, 0)) for i in range(count)]
-    wide = jnp.concatenate([jnp.pad(kernel, shift) for shift in shifts], axis=-1)
+    # In float32, so that the parts of the kernel's gradient are added up there.
+    exact = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    wide = jnp.concatenate([jnp.pad(exact, shift) for shift in shifts], axis=-1).astype(x.dtype)
     y = jax.lax.conv_general_dilated(
         x,
         wide.reshape(rows, inputs, count * channels, count * features),
