@@ -151,6 +151,32 @@ def test_airbench_says_what_a_side_has_done_as_soon_as_it_has(airbench, capsys):
     ]
 
 
+def test_airbench_writes_what_it_has_measured_of_the_recipe(
+    airbench, tmp_path, monkeypatch, capsys
+):
+    script, out = tmp_path / 'reference.py', tmp_path / 'found.json'
+    script.write_text(REFERENCE_96)
+    runs = [{'seconds': 2.0, 'top1': 0.75}, {'seconds': 2.5, 'top1': 0.5}]
+
+    def interleave(commands, rounds, uncounted, on_news):
+        assert (rounds, uncounted) == (2, 0)
+        for run in runs:
+            on_news('ours', run)
+        return {side: airbench.pairs.Timing(runs, {}) for side in commands}
+
+    monkeypatch.setattr(airbench, 'obstacle', lambda script: '')
+    monkeypatch.setattr(airbench.pairs, 'last_line', lambda *args: 'written')
+    monkeypatch.setattr(airbench.pairs, 'interleave', interleave)
+    monkeypatch.setattr(sys, 'argv', ['airbench.py', str(script), '--rounds=2', f'--out={out}'])
+    airbench.main()
+    assert json.loads(out.read_text()) == {
+        'recipe': 'airbench96_faster',
+        'rows': {'ours': runs, 'theirs': runs},
+    }
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == 'ours: 2.00 s, 75.00%' and told[-1] == 'ratio   1.00 (1.00 to 1.00)'
+
+
 def test_airbench_prints_means_and_the_ratio_round_by_round(airbench):
     rows = {
         'ours': [{'seconds': 1.0, 'top1': 0.9}, {'seconds': 1.5, 'top1': 0.92}],
