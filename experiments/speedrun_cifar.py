@@ -280,6 +280,10 @@ def make_run(config, recipe: Recipe, views: str):
     """`run(seed) -> {'seconds', 'top1'}`: a whole training run. The first compiles."""
     mesh = sharding.make_mesh()
     config = experiment_lib.resolve(config)
+    if recipe.selection:
+        fewest = math.ceil(1 / recipe.selection.share)
+        size = config.batch_size
+        require(size >= fewest, 'batch_size', size, f'at least {fewest}: a part of it is chosen')
     reader, validation, data = experiment_lib.open_data(config)
     examples = len(reader.split.source)
     total = config_lib.epoch_steps(config.epochs, examples, config.batch_size)
@@ -297,8 +301,8 @@ def make_run(config, recipe: Recipe, views: str):
             state, sums = experiment.train_step(*states, batch)
             return [state], sums
 
-    _, sums = experiment_lib.abstract_checkpoint(experiment, mesh)
-    like = [experiment_lib.abstract_state(part, mesh) for part in parts], sums
+    state, sums = experiment_lib.abstract_checkpoint(experiment, mesh)
+    like = [state, *(experiment_lib.abstract_state(part, mesh) for part in parts[1:])], sums
     start_images = jax.device_put(pipeline.load_arrays(reader)[0][: model.start_examples])
 
     @jax.jit

@@ -205,7 +205,8 @@ def test_airbench_refuses_another_script_and_another_folder(tmp_path):
     script = tmp_path / 'reference.py'
     script.write_text('def main(run, hyp, model):\n    pass\n')
     for more, message in (
-        ([], 'is not airbench94_muon or airbench96_faster.py'),
+        ([], 'has no class CifarNet, def main(run, model)'),
+        ([], 'it is not airbench96_faster.py'),
         (['--out', tmp_path / 'nowhere' / 'a.json'], 'is no file in a folder that exists'),
     ):
         command = [sys.executable, BENCHMARKS / 'airbench.py', script, *more]

@@ -1,6 +1,7 @@
 """The speed run: its optimiser against the steps written out, and a run from end to end."""
 
 import functools
+import sys
 from pathlib import Path
 
 import jax
@@ -95,12 +96,12 @@ def test_the_covariance_on_the_device_is_that_of_the_model(speedrun):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def experiments_of(speedrun, augment, every=2):
+def experiments_of(speedrun, augment):
     """The network of airbench96_faster and its proxy, small, and a raw batch of eight."""
     config = speedrun.get_config('airbench96_faster', batch_size=8, epochs=2, augment=augment)
     config.precision, config.model.widths = 'float32', (4,)
     net = experiment.build(experiment.resolve(config), (8, 8, 3), 4, 80)
-    selection = speedrun.Selection({'name': 'airbench94', 'widths': (2,)}, 1.0, every)
+    selection = speedrun.Selection({'name': 'airbench94', 'widths': (2,)}, 1.0, every=2)
     built = [net, speedrun.make_proxy(net, selection)]
     rng = np.random.default_rng(0)
     rows = {name: np.arange(8, dtype=np.int32) for name in ('index', 'epoch')}
@@ -184,6 +185,14 @@ def test_the_proxys_stem_stays_and_its_biases_are_fast(speedrun):
     np.testing.assert_allclose(bias, 64 * kernel[0, 0, 0], rtol=1e-5)
     learnt, _ = jax.jit(proxy.train_step)(state, batch)
     jax.tree.map(np.testing.assert_array_equal, learnt.params['stem'], state.params['stem'])
+
+
+def test_a_batch_of_which_nothing_would_be_chosen_is_refused(speedrun, monkeypatch, capsys):
+    command = ['speedrun_cifar.py', '--recipe=airbench96_faster', '--batch-size=1']
+    monkeypatch.setattr(sys, 'argv', command)
+    with pytest.raises(SystemExit):
+        speedrun.main()
+    assert 'batch_size is 1; it must be at least 2' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

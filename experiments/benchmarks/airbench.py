@@ -32,12 +32,12 @@ class Script(NamedTuple):
     """One of the authors' scripts.
 
     Attributes:
-      main: how the definition of its `main` begins, by which it is known.
+      uses: how the definitions begin that are used of it, by which it is known.
       prepare: `module -> (a run, which returns the accuracy)`, to be compiled as the script does.
       seconds: the variable of a run that holds what it took.
     """
 
-    main: str
+    uses: tuple[str, ...]
     prepare: Callable[[Any], Callable[[], float]]
     seconds: str
 
@@ -63,19 +63,36 @@ def _airbench96(module):
 
 # By the name of our recipe.
 SCRIPTS = {
-    'airbench94_muon': Script('def main(run, model):', _airbench94, 'time_seconds'),
+    'airbench94_muon': Script(
+        ('class CifarNet', 'def main(run, model)', 'def print_training_details'),
+        _airbench94,
+        'time_seconds',
+    ),
     'airbench96_faster': Script(
-        'def main(run, hyp, model_proxy, model_trainbias, model_freezebias):',
+        (
+            'hyp =',
+            'def make_net',
+            'def main(run, hyp, model_proxy, model_trainbias, model_freezebias)',
+            'def print_training_details',
+        ),
         _airbench96,
         'total_time_seconds',
     ),
 }
 
 
+def missing(script: Path) -> dict[str, list[str]]:
+    """By the name of our recipe: what its script defines and this one does not."""
+    parts = [ast.unparse(part) for part in ast.parse(script.read_text()).body]
+    return {
+        name: [use for use in known.uses if not any(part.startswith(use) for part in parts)]
+        for name, known in SCRIPTS.items()
+    }
+
+
 def recipe_of(script: Path) -> str | None:
     """Which recipe of ours a script is."""
-    parts = {ast.unparse(part).splitlines()[0] for part in ast.parse(script.read_text()).body}
-    return next((name for name, known in SCRIPTS.items() if known.main in parts), None)
+    return next((name for name, lacks in missing(script).items() if not lacks), None)
 
 
 def ours(name: str):
@@ -160,13 +177,14 @@ def table(rows: dict[str, list[dict]]) -> str:
 def obstacle(script: Path) -> str:
     """Why it cannot be timed here; '' where it can."""
     if not script.is_file():
-        return f'{script} is no file; get {" or ".join(SCRIPTS)}.py of its authors.'
+        return f'{script} is no file; get {".py or ".join(SCRIPTS)}.py of its authors.'
     try:
-        name = recipe_of(script)
+        lacks = missing(script)
     except (SyntaxError, UnicodeDecodeError) as error:
         return f'{script} is no Python: {error}'
-    if not name:
-        return f'{script} is not {" or ".join(SCRIPTS)}.py: no `main` with the arguments of theirs.'
+    if all(lacks.values()):
+        reasons = (f'has no {", ".join(uses)}: it is not {name}.py' for name, uses in lacks.items())
+        return f'{script} {"; it ".join(reasons)}.'
     if not importlib.util.find_spec('torch'):
         return "PyTorch is not installed: pip install -e '.[bench]'."
     import torch
