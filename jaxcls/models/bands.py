@@ -8,16 +8,19 @@ row of a matrix, and the block's features are the columns of another: the kernel
 stride further, with zeros round it.
 """
 
+import functools
 import itertools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcls.models.slices import output_size
 
 ROWS = 2  # of outputs in a block: row by row, LeNet-5's two convolutions take 0.88 ms, and 0.74 like this
 COLUMNS = 168  # features of a row of a block, at most; half as many are slower
+PARTS = 8  # that the kernel's gradient is added up in, so that all multiprocessors have some
 MOST_COPIED = 2  # numbers for each output: LeNet-5's second has 1.6, most of ResNet-20's 3.3
 
 
@@ -53,7 +56,10 @@ def convolve_each(place, x, kernel) -> jax.Array:
     sizes = [(n - 1) * step + k for n, step, k in zip(counts, steps, reads, strict=True)]
     none = (0, 0, 0)
     edges = ((p, n - p - m, 0) for p, n, m in zip(padding, sizes, x.shape[2:4], strict=True))
-    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [none, none, *edges, none])
+    # Else XLA would pad, and compute a pool before, again for each window.
+    x = jax.lax.optimization_barrier(
+        jax.lax.pad(x, jnp.zeros((), x.dtype), [none, none, *edges, none])
+    )
     tall = sizes[0] - reads[0] + 1
 
     def windows(start):
@@ -63,13 +69,44 @@ def convolve_each(place, x, kernel) -> jax.Array:
         return jnp.concatenate([part.reshape(*x.shape[:2], counts[0], 1, -1) for part in parts], -1)
 
     blocks = jnp.concatenate([windows(j * steps[1]) for j in range(counts[1])], 3)
+    # Rows of one matrix: else XLA would transpose what it adds up of several axes for the kernel's gradient.
+    rows = blocks.reshape(len(kernel), -1, blocks.shape[-1])
+    # Else XLA adds a bias within the product, as a matrix of its size.
+    y = jax.lax.optimization_barrier(_times_band((stride, block), rows, kernel))
+    # A block has one row or the whole width: else it would have to be transposed.
+    whole = [n * k for n, k in zip(counts, block, strict=True)]
+    return y.reshape(*x.shape[:2], *whole, features)[:, :, : outputs[0], : outputs[1]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _times_band(place, rows, kernel):
+    """What blocks read, [E, R, h' * w' * C], times the band of a kernel [E, h, w, C, F] -> [E, R, n * F]."""
+    return jnp.einsum('erk,ekf->erf', rows, _band(place, kernel))
+
+
+def _band(place, kernel):
+    stride, block = place
     shifts = [[(i * stride, (n - 1 - i) * stride) for i in range(n)] for n in block]
     shifted = [
         jnp.pad(kernel, ((0, 0), *shift, (0, 0), (0, 0))) for shift in itertools.product(*shifts)
     ]
-    band = jnp.stack(shifted, -2).reshape(len(kernel), -1, len(shifted) * features)
-    # Else XLA adds a bias within the product, as a matrix of its size.
-    y = jax.lax.optimization_barrier(jnp.einsum('ebhwk,ekf->ebhwf', blocks, band))
-    # A block has one row or the whole width: else it would have to be transposed.
-    whole = [n * k for n, k in zip(counts, block, strict=True)]
-    return y.reshape(*x.shape[:2], *whole, features)[:, :, : outputs[0], : outputs[1]]
+    return jnp.stack(shifted, -2).reshape(len(kernel), -1, len(shifted) * kernel.shape[-1])
+
+
+def _gradients(place, saved, gradient):
+    (stride, block), (rows, kernel) = place, saved
+    of_rows = jnp.einsum('erf,ekf->erk', gradient, _band(place, kernel))
+    count = math.gcd(PARTS, rows.shape[1])
+    parts = (x.reshape(len(x), count, -1, x.shape[-1]) for x in (rows, gradient))
+    of_band = jnp.einsum('esrk,esrf->eskf', *parts, preferred_element_type=jnp.float32)
+    # Else XLA adds up the parts anew for each place of the kernel.
+    of_band = jax.lax.optimization_barrier(of_band.sum(1))
+    each, height, width, channels, features = kernel.shape
+    reads = ((n - 1) * stride + k for n, k in zip(block, (height, width), strict=True))
+    of_band = of_band.reshape(each, *reads, channels, *block, features)
+    i, row, j, column = np.ogrid[:height, : block[0], :width, : block[1]]
+    met = of_band[:, row * stride + i, column * stride + j, :, row, column]
+    return of_rows, met.sum((1, 3)).transpose(2, 0, 1, 3, 4).astype(kernel.dtype)
+
+
+_times_band.defvjp(lambda place, *args: (_times_band(place, *args), args), _gradients)
