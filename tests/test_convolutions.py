@@ -170,3 +170,29 @@ def test_the_parts_of_a_kernels_gradient_in_blocks_are_added_up_in_float32():
     wide = jax.make_jaxpr(gradient)(kernel)
     sums = [e for e in wide.eqns if e.primitive.name == 'add_any']
     assert sums and all(e.outvars[0].aval.dtype == jnp.float32 for e in sums)
+
+
+@pytest.mark.parametrize(('size', 'stride'), [(8, 2), (9, 2), (8, 3), (7, 3)])
+def test_the_gradients_of_a_strided_pointwise_convolution_are_those_of_xla(size, stride):
+    x, kernel = inputs(2, size, 3, 1, 5, 1)
+    place = stride, (0, 0), 1
+    form = functools.partial(convolutions._convolution, place)
+    gradient = jnp.sin(form(x, kernel))
+    found = convolutions._gradients_of_strided_pointwise(place, x, kernel, gradient)
+    expected = convolutions._gradients(form)(x, kernel, gradient)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_on_a_gpu_alone_the_gradient_of_a_strided_pointwise_convolution_is_no_dilated_one():
+    x, kernel = inputs(2, 8, 3, 1, 5, 1)
+    gradient = jax.grad(lambda x, k: jnp.sin(convolutions.convolve(x, k, 2, (0, 0))).sum())
+    of_each = jax.vmap(gradient, (None, 0))
+
+    def dilated(function, kernel, platform):
+        lowered = jax.jit(function).trace(x, kernel).lower(lowering_platforms=(platform,))
+        return 'lhs_dilate = [2, 2]' in lowered.as_text()
+
+    assert not dilated(gradient, kernel, 'cuda')
+    assert dilated(gradient, kernel, 'tpu')
+    assert dilated(of_each, kernel[None], 'cuda')

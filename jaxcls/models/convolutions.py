@@ -97,9 +97,10 @@ def _forward(place, x, kernel):
 def _backward(place, saved, gradient):
     # All forms start from what all save, so that none makes another keep more.
     _, on_cpu = _forms_on_cpu(place, *saved)
-    on_gpu, plain = (
-        form and _or_of_each(place, form, _gradients) for form in _forms_elsewhere(place, *saved)
-    )
+    on_gpu, plain = (form and _gradients(form) for form in _forms_elsewhere(place, *saved))
+    if place[0] > 1 and _is_pointwise(place, saved[1]):
+        on_gpu = functools.partial(_gradients_of_strided_pointwise, place)
+    on_gpu, plain = (f and _or_of_each(place, f, _gradients) for f in (on_gpu, plain))
     return _on_device(plain, *saved, gradient, cpu=on_cpu, cuda=on_gpu)
 
 
@@ -121,15 +122,15 @@ def _forms_elsewhere(place, x, kernel):
     return on_gpu, functools.partial(_convolution, place)
 
 
-def _or_of_each(place, form, of=lambda form, *args: form(*args)):
-    """`of(form, x, kernel, ...)`, but under `vmap` XLA's own or, with a kernel for each, what is faster then.
+def _or_of_each(place, function, of=lambda form: form):
+    """`function(x, kernel, ...)`, but under `vmap` `of` XLA's form or, with a kernel for each, a faster one.
 
     The other forms were measured for one kernel, whose gradient they make larger.
     """
 
     @jax.custom_batching.custom_vmap
     def of_all(*args):
-        return of(form, *args)
+        return function(*args)
 
     @of_all.def_vmap
     def of_each(count, batched, *args):
@@ -138,18 +139,32 @@ def _or_of_each(place, form, of=lambda form, *args: form(*args)):
                 a if is_batched else jnp.broadcast_to(a, (count, *a.shape))
                 for a, is_batched in zip(args, batched, strict=True)
             )
-            out = of(functools.partial(convolve_each, place), *args)
+            out = of(functools.partial(convolve_each, place))(*args)
         else:
             axes = [0 if is_batched else None for is_batched in batched]
-            plain = functools.partial(_convolution, place)
-            out = jax.vmap(functools.partial(of, plain), axes)(*args)
+            out = jax.vmap(of(functools.partial(_convolution, place)), axes)(*args)
         return out, jax.tree.map(lambda _: True, out)
 
     return of_all
 
 
-def _gradients(form, x, kernel, gradient):
-    return jax.vjp(form, x, kernel)[1](gradient)
+def _gradients(form):
+    return lambda x, kernel, gradient: jax.vjp(form, x, kernel)[1](gradient)
+
+
+def _gradients_of_strided_pointwise(place, x, kernel, gradient):
+    # cuDNN's gradient for x is as large as x and mostly zeros, which are written and read again. Here XLA
+    # puts them between what there is where it is read.
+    stride, _, _ = place
+
+    def read(x):
+        for axis in (1, 2):
+            x = jax.lax.slice_in_dim(x, 0, None, stride, axis)
+        return _convolution((1, (0, 0), 1), x, kernel)
+
+    (dx,) = jax.vjp(read, x)[1](gradient)
+    (dkernel,) = jax.vjp(lambda kernel: _convolution(place, x, kernel), kernel)[1](gradient)
+    return dx, dkernel
 
 
 def _apart(function, kernel):
@@ -188,12 +203,12 @@ def _output_size(place, x, kernel) -> tuple[int, int]:
 
 def _forms_on_cpu(place, x, kernel):
     """Faster on CPU than XLA's convolution: `(x, kernel) -> y`, and its gradients; None where nothing is."""
-    _, padding, groups = place
+    _, _, groups = place
     if groups == x.shape[-1] == kernel.shape[-1] > 1:
         forms = convolve_depthwise, depthwise_gradients
         apart = functools.partial(_apart, kernel=kernel)
         return tuple(functools.partial(form, place, apart=apart) for form in forms)
-    if groups == 1 and kernel.shape[:2] == (1, 1) and padding == (0, 0):
+    if _is_pointwise(place, kernel):
         return None, functools.partial(_gradients_of_pointwise_on_cpu, place)
     if groups == 1:
         if _pays_in_phases(place, x):
@@ -205,6 +220,11 @@ def _forms_on_cpu(place, x, kernel):
         form = form and functools.partial(form, place)
         return form, functools.partial(_gradients_on_cpu, place)
     return None, None
+
+
+def _is_pointwise(place, kernel) -> bool:
+    _, padding, groups = place
+    return groups == 1 and kernel.shape[:2] == (1, 1) and padding == (0, 0)
 
 
 def _faster_form(place, x, kernel):
