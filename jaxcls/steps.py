@@ -240,7 +240,7 @@ def make_train_step(
         ema = optimizers.ema_update(state.ema, params, ema_decay, state.step) if ema_decay else {}
         old = (state.params, state.batch_stats, state.opt_state, state.ema)
         new = (params, aux['batch_stats'], opt_state, ema)
-        good = _all_finite((loss, grads, new))
+        good = _all_finite(grads, (loss, new))
         params, batch_stats, opt_state, ema = jax.tree.map(
             lambda n, o: jnp.where(good, n, o), new, old
         )
@@ -259,11 +259,21 @@ def make_train_step(
     return train_step
 
 
-def _all_finite(tree) -> jax.Array:
+def _all_finite(grads, more) -> jax.Array:
     # 0 * x is NaN where x is not finite. XLA fuses an `all` with the layers that made x, which takes it
-    # five times as long to compile; sums it leaves alone.
-    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    # five times as long to compile; sums it leaves alone. What there is of each parameter (its gradient,
+    # its moments) is added up first: on a GPU every sum is a kernel or two.
+    shapes = _shapes(grads)
+    nodes = jax.tree.leaves(more, is_leaf=lambda node: _shapes(node) == shapes)
+    alike = [grads, *(node for node in nodes if _shapes(node) == shapes)]
+    rest = [node for node in nodes if _shapes(node) != shapes]
+    each = jax.tree.map(lambda *parts: sum(0 * x for x in parts), *alike)
+    leaves = [x for x in jax.tree.leaves((each, rest)) if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.isfinite(jnp.stack([(0 * x).sum().astype(jnp.float32) for x in leaves])).all()
+
+
+def _shapes(tree):
+    return jax.tree.map(jnp.shape, tree)
 
 
 def make_run_steps(train_step: Callable, fetch: Callable) -> Callable:

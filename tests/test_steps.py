@@ -168,6 +168,20 @@ def test_an_overflow_in_the_optimiser_state_is_skipped_too():
     assert int(sums['bad_steps']) == 1 and int(new.bad_steps) == 1
 
 
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_what_is_not_finite_is_noticed_wherever_it_is(value):
+    params = {'a': jnp.ones((2, 3)), 'b': {'c': jnp.ones(4)}}
+    # Moments are like the parameters, in another type; the others are not.
+    moments = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    trees = params, (jnp.float32(1), {'stats': jnp.ones(3)}, (moments, jnp.int32(7), params))
+    assert steps._all_finite(*trees)
+    leaves, structure = jax.tree.flatten(trees)
+    for i, leaf in enumerate(leaves):
+        if leaf.dtype != jnp.int32:
+            broken = [*leaves[:i], leaf.at[(-1,) * leaf.ndim].set(value), *leaves[i + 1 :]]
+            assert not steps._all_finite(*jax.tree.unflatten(structure, broken)), i
+
+
 def test_many_steps_in_one_program_are_the_same_steps():
     train_step, state, _ = make(optimizer='adam')
     items = [batch(seed) for seed in range(3)]
