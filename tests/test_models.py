@@ -516,6 +516,40 @@ def test_orthogonal_kernels_are_orthogonal():
     np.testing.assert_allclose(flat.T @ flat, np.eye(8), atol=1e-5)
 
 
+@pytest.mark.parametrize('activation', ['relu', 'leaky_relu', 'tanh'])
+@pytest.mark.parametrize('norm', ['none', 'batch'])
+@pytest.mark.parametrize('pool', [(2, 2), (3, 2)])
+def test_a_pool_before_bias_and_activation_changes_nothing(activation, norm, pool):
+    style = layers.Style(activation=activation, norm=norm)
+    apart, together = (
+        layers.ConvNormAct(4, 3, style, use_bias=True, pool=pool) for pool in (None, pool)
+    )
+    x = jax.random.normal(jax.random.key(0), (2, 9, 9, 3))
+    variables = apart.init(jax.random.key(1), x, train=True)
+    bias = variables['params']['conv']['bias']
+    variables['params']['conv']['bias'] = jax.random.normal(jax.random.key(2), bias.shape)
+    assert jax.tree.map(jnp.shape, together.init(jax.random.key(1), x, train=True)) == (
+        jax.tree.map(jnp.shape, variables)
+    )
+
+    def outputs(params, pooled):
+        layer = together if pooled else apart
+        out, _ = layer.apply(
+            {**variables, 'params': params}, x, train=True, mutable=['batch_stats']
+        )
+        return out if pooled else (out, layers.max_pool(out, *pool))
+
+    def loss(params, pooled):
+        return jnp.sin(outputs(params, pooled)[1]).sum()
+
+    found, expected = (outputs(variables['params'], pooled) for pooled in (True, False))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    found, expected = (jax.grad(loss)(variables['params'], pooled) for pooled in (True, False))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected
+    )
+
+
 @pytest.mark.parametrize('name', layers.ACTIVATIONS)
 def test_activations_keep_shape_and_dtype(name):
     x = jnp.linspace(-3, 3, 8, dtype=jnp.bfloat16)
@@ -524,12 +558,13 @@ def test_activations_keep_shape_and_dtype(name):
     assert jnp.isfinite(y).all()
 
 
-def test_relu_is_that_of_jax_with_its_derivatives():
+@pytest.mark.parametrize('relu', [layers.relu, layers.relu_of_sum])
+def test_relu_is_that_of_jax_with_its_derivatives(relu):
     x = jnp.array([-jnp.inf, -2, -0.0, 0, 1e-30, 3, jnp.inf, jnp.nan])
     for ours, theirs in (
-        (layers.relu, jax.nn.relu),
-        (jax.vmap(jax.grad(layers.relu)), jax.vmap(jax.grad(jax.nn.relu))),
-        (jax.vmap(jax.jacfwd(jax.grad(layers.relu))), jnp.zeros_like),
+        (relu, jax.nn.relu),
+        (jax.vmap(jax.grad(relu)), jax.vmap(jax.grad(jax.nn.relu))),
+        (jax.vmap(jax.jacfwd(jax.grad(relu))), jnp.zeros_like),
     ):
         np.testing.assert_array_equal(jax.jit(ours)(x), theirs(x))
 

@@ -27,7 +27,6 @@ from jaxcls.models.layers import (
     check_window,
     head,
     init,
-    max_pool,
     style_of,
 )
 from jaxcls.models.references import Reference, flattened
@@ -81,9 +80,14 @@ class LeNet(nn.Module):
         style, features = style_of(self), {}
         x = as_input(images, self.dtype)
         for i, (width, padding) in enumerate(zip(self.filters, self.padding, strict=True), 1):
-            layer = ConvNormAct(width, self.kernel_size, style, padding=padding, name=f'conv{i}')
-            x = features[f'conv{i}'] = layer(x, train=train)
-            x = POOLS[self.pool](x, 2, 2)
+            fields = {'padding': padding, 'name': f'conv{i}'}
+            if self.pool == 'max':
+                layer = ConvNormAct(width, self.kernel_size, style, pool=(2, 2), **fields)
+                features[f'conv{i}'], x = layer(x, train=train)
+            else:
+                layer = ConvNormAct(width, self.kernel_size, style, **fields)
+                x = features[f'conv{i}'] = layer(x, train=train)
+                x = POOLS[self.pool](x, 2, 2)
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.hidden, 1):
             x = DenseNormAct(width, style, self.dropout, name=f'hidden{i}')(x, train=train)
@@ -257,10 +261,10 @@ class AlexNet(nn.Module):
         shapes = (STEMS[self.stem], (5, 1, 2), (3, 1, 1), (3, 1, 1), (3, 1, 1))
         for i, (width, shape) in enumerate(zip(self.widths, shapes, strict=True), 1):
             size, stride, padding = shape
-            layer = ConvNormAct(width, size, style, stride, padding, name=f'conv{i}')
-            x = features[f'conv{i}'] = layer(x, train=train)
-            if i in (1, 2, 5):
-                x = max_pool(x, 3, 2)
+            pool = (3, 2) if i in (1, 2, 5) else None
+            layer = ConvNormAct(width, size, style, stride, padding, pool=pool, name=f'conv{i}')
+            x = layer(x, train=train)
+            features[f'conv{i}'], x = x if pool else (x, x)
         x = adaptive_avg_pool(x, self.pool_size)
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.hidden, 1):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxcls.errors import require
 from jaxcls.models.layers import (
     ACTIVATIONS,
+    ACTIVATIONS_OF_SUMS,
     Conv,
     ConvNormAct,
     SqueezeExcite,
@@ -160,7 +161,7 @@ class Block(nn.Module):
             shortcut = SHORTCUTS[self.shortcut]
             x = shortcut(x, y.shape[-1], self.stride, self.style, train=train, bare=False)
         x = x + drop_path(y, self.drop_path, train=train)
-        return ACTIVATIONS[self.style.activation](x)
+        return ACTIVATIONS_OF_SUMS[self.style.activation](x)
 
 
 class PreactivationBlock(Block):

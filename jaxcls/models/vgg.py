@@ -16,7 +16,6 @@ from jaxcls.models.layers import (
     check_fields,
     check_sizes,
     head,
-    max_pool,
     style_of,
 )
 from jaxcls.models.references import Reference, flattened
@@ -75,10 +74,10 @@ class VGG(nn.Module):
         x = as_input(images, self.dtype)
         for i, (size, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True), 1):
             for j in range(1, size + 1):
-                layer = ConvNormAct(width, 3, style, use_bias=True, name=f'stage{i}_conv{j}')
+                fields = {'use_bias': True, 'pool': (2, 2) if j == size else None}
+                layer = ConvNormAct(width, 3, style, **fields, name=f'stage{i}_conv{j}')
                 x = layer(x, train=train)
-            features[f'stage{i}'] = x
-            x = max_pool(x, 2, 2)
+            features[f'stage{i}'], x = x
         x = adaptive_avg_pool(x, self.pool_size)
         x = x.reshape(x.shape[0], -1)
         bare = dataclasses.replace(style, norm='none')
