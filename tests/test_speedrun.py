@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict
 
@@ -185,6 +186,36 @@ def test_the_proxys_stem_stays_and_its_biases_are_fast(speedrun):
     np.testing.assert_allclose(bias, 64 * kernel[0, 0, 0], rtol=1e-5)
     learnt, _ = jax.jit(proxy.train_step)(state, batch)
     jax.tree.map(np.testing.assert_array_equal, learnt.params['stem'], state.params['stem'])
+
+
+def test_biases_learn_and_decay_as_by_the_scripts_groups(speedrun):
+    torch = pytest.importorskip('torch', exc_type=ImportError)
+    config, count, rate, momentum = ConfigDict({'l2': 0.3}), 8, 0.01, 0.85
+    rng = np.random.default_rng(0)
+    start = {'stem': {'bias': rng.normal(size=5)}, 'norm1': {'bias': rng.normal(size=5)}}
+    params = jax.tree.map(jnp.asarray, start)
+    tx = speedrun.with_fast_biases(optax.sgd(rate, momentum, nesterov=True), config)
+    stem, norm = theirs = [torch.nn.Parameter(torch.tensor(x)) for x in leaves_of(start)]
+    # Theirs is the sum over a batch, whose rate and decay are divided by each other.
+    lr, wd = rate / count, rate * config.l2
+    groups = [
+        {'params': [norm], 'lr': 64 * lr, 'weight_decay': wd / (64 * lr)},
+        {'params': [stem], 'lr': lr, 'weight_decay': wd / lr},
+    ]
+    sgd, state = torch.optim.SGD(groups, momentum=momentum, nesterov=True), tx.init(params)
+    for _ in range(3):
+        gradient = jax.tree.map(lambda x: rng.normal(size=x.shape), start)
+        updates, state = tx.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        for bias, mean in zip(theirs, leaves_of(gradient), strict=True):
+            bias.grad = torch.tensor(count * mean)
+        sgd.step()
+    for found, expected in zip(leaves_of(params), theirs, strict=True):
+        np.testing.assert_allclose(found, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def leaves_of(params):
+    return params['stem']['bias'], params['norm1']['bias']
 
 
 def test_a_batch_of_which_nothing_would_be_chosen_is_refused(speedrun, monkeypatch, capsys):

