@@ -61,7 +61,7 @@ from jaxcls import (
 from jaxcls import config as config_lib
 from jaxcls import experiment as experiment_lib
 from jaxcls.augment import normalize, to_float
-from jaxcls.errors import UserError, require
+from jaxcls.errors import UserError, out_of_memory, require
 from jaxcls.models import airbench
 
 BIAS_SCALE, PERIOD, KEEP = 64.0, 5, 0.95**5
@@ -378,10 +378,14 @@ def main():
     try:
         require(args.runs > 0, '--runs', args.runs, 'at least 1')
         run = make_run(config, RECIPES[args.recipe], args.tta)
+        print(f'{args.recipe} on {jax.devices()[0].device_kind}, {config.epochs} epochs')
+        print(f'compilation and a first run: {run(0)["seconds"]:.1f} s', flush=True)
     except UserError as error:
         parser.error(str(error))
-    print(f'{args.recipe} on {jax.devices()[0].device_kind}, {config.epochs} epochs')
-    print(f'compilation and a first run: {run(0)["seconds"]:.1f} s', flush=True)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        parser.error(out_of_memory(error))
     rows = []
     for seed in range(1, args.runs + 1):
         rows.append(run(seed))

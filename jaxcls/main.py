@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from jaxcls.commands import COMMANDS, TRAIN_HELP
-from jaxcls.errors import UserError
+from jaxcls.errors import UserError, out_of_memory
 from jaxcls.registry import did_you_mean
 from jaxcls.terminal import printable, refuse
 
@@ -60,10 +60,14 @@ def main(argv: list[str] | None = None) -> int:
         from jaxcls import sharding
 
         message = sharding.lost(error)
+        if message:
+            refuse(message)
+            os._exit(75)  # a plain exit waits for the others; 75 is EX_TEMPFAIL: try again
+        message = out_of_memory(error)
         if not message:
             raise
         refuse(message)
-        os._exit(75)  # a plain exit waits for the others; 75 is EX_TEMPFAIL: try again
+        return 2
 
 
 class _Parser(argparse.ArgumentParser):

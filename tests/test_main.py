@@ -46,6 +46,14 @@ def test_training_prints_plain_lines_and_a_result_when_piped(tmp_path, capsys):
     assert 'is complete' in capsys.readouterr().out
 
 
+def test_too_little_memory_is_told_in_one_message(tmp_path, capsys):
+    huge = '--config.model.hidden=(1000000,10000000)'  # 40 TB
+    assert main.main(['train', f'--workdir={tmp_path}/run', *TRAIN, huge]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith('jaxcls: There is too little memory: ')
+    assert '40000000000000 bytes. Take a smaller config.batch_size' in message
+
+
 def test_evaluate_prints_one_json_object(run, capsys):
     result = json_of(capsys, 'evaluate', run, '--json')
     assert result['examples'] == 360

@@ -80,14 +80,10 @@ class LeNet(nn.Module):
         style, features = style_of(self), {}
         x = as_input(images, self.dtype)
         for i, (width, padding) in enumerate(zip(self.filters, self.padding, strict=True), 1):
-            fields = {'padding': padding, 'name': f'conv{i}'}
-            if self.pool == 'max':
-                layer = ConvNormAct(width, self.kernel_size, style, pool=(2, 2), **fields)
-                features[f'conv{i}'], x = layer(x, train=train)
-            else:
-                layer = ConvNormAct(width, self.kernel_size, style, **fields)
-                x = features[f'conv{i}'] = layer(x, train=train)
-                x = POOLS[self.pool](x, 2, 2)
+            fields = {'padding': padding, 'pool': (2, 2) if self.pool == 'max' else None}
+            layer = ConvNormAct(width, self.kernel_size, style, **fields, name=f'conv{i}')
+            x = layer(x, train=train)
+            features[f'conv{i}'], x = x if fields['pool'] else (x, POOLS[self.pool](x, 2, 2))
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.hidden, 1):
             x = DenseNormAct(width, style, self.dropout, name=f'hidden{i}')(x, train=train)

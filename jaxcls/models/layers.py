@@ -85,7 +85,7 @@ ACTIVATIONS = {
     'identity': lambda x: x,
 }
 ACTIVATIONS_OF_SUMS = {**ACTIVATIONS, 'relu': relu_of_sum}
-# Of several values, the greatest is that of the greatest, to the bit.
+# To the bit, the greatest of what they make is what they make of the greatest.
 _KEEP_ORDER = ('relu', 'leaky_relu', 'relu6', 'identity')
 
 
