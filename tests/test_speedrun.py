@@ -190,11 +190,12 @@ def test_the_proxys_stem_stays_and_its_biases_are_fast(speedrun):
 
 def test_biases_learn_and_decay_as_by_the_scripts_groups(speedrun):
     torch = pytest.importorskip('torch', exc_type=ImportError)
-    config, count, rate, momentum = ConfigDict({'l2': 0.3}), 8, 0.01, 0.85
+    count, rate, momentum = 8, 0.01, 0.85
+    config = ConfigDict({'l2': 0.3, 'warmup_epochs': 0.0, 'epochs': 1.0})
     rng = np.random.default_rng(0)
     start = {'stem': {'bias': rng.normal(size=5)}, 'norm1': {'bias': rng.normal(size=5)}}
     params = jax.tree.map(jnp.asarray, start)
-    tx = speedrun.with_fast_biases(optax.sgd(rate, momentum, nesterov=True), config)
+    tx = speedrun.as_published(optax.sgd(rate, momentum, nesterov=True), config, 3)
     stem, norm = theirs = [torch.nn.Parameter(torch.tensor(x)) for x in leaves_of(start)]
     # Theirs is the sum over a batch, whose rate and decay are divided by each other.
     lr, wd = rate / count, rate * config.l2
@@ -212,6 +213,22 @@ def test_biases_learn_and_decay_as_by_the_scripts_groups(speedrun):
         sgd.step()
     for found, expected in zip(leaves_of(params), theirs, strict=True):
         np.testing.assert_allclose(found, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_rates_are_those_of_the_script(speedrun):
+    config = speedrun.get_config('airbench96_faster', epochs=2.0)
+    config.warmup_epochs = 0.2
+    built = experiment.build(experiment.resolve(config), (8, 8, 3), 4, 100 * 1024)
+    total, warmup = built.total_steps, built.total_steps // 10
+    tx = speedrun.as_published(optax.sgd(built.learning_rate), built.config, total)
+    params = {'kernel': jnp.ones((2, 2))}
+    state, found = tx.init(params), []
+    for _ in range(total):
+        updates, state = jax.jit(tx.update)(params, state, params)
+        found.append(-updates['kernel'][0, 0] / config.learning_rate)
+    rising = [0.2 + 0.8 * step / warmup for step in range(warmup)]
+    falling = [(total - step) / (total - warmup) for step in range(warmup, total)]
+    np.testing.assert_allclose(found, [*rising, *falling], rtol=1e-5)
 
 
 def leaves_of(params):
