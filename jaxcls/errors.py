@@ -17,12 +17,18 @@ def require(ok: bool, field: str, value: object, expected: str):
 
 def out_of_memory(error: Exception) -> str:
     """The message where a device or the machine has too little memory; '' for any other error."""
-    text = str(error)
-    if not isinstance(error, MemoryError) and 'out of memory' not in text.lower():
+    text = str(error).lower()
+    exhausted = 'resource_exhausted' in text and 'alloc' in text
+    if not (isinstance(error, MemoryError) or exhausted or 'out of memory' in text):
         return ''
-    first = (text.splitlines() or [type(error).__name__])[0][:200].rstrip('.')
     return (
-        f'There is too little memory: {first}. Take a smaller config.batch_size, or config.accumulate_steps, '
-        'in so many parts of which a batch is computed; smaller images and networks take less, and with '
-        'config.data.pipeline=stream the data are not kept on the device.'
+        f'There is too little memory: {first_line(error).rstrip(".")}. Take fewer or smaller images at once, '
+        'or a smaller network. To train, that is a smaller batch_size, or the same in more '
+        'accumulate_steps; config.data.pipeline=stream leaves the data off the device.'
     )
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of what an error says; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

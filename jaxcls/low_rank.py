@@ -15,7 +15,7 @@ from flax import linen as nn
 from jaxcls import weights
 from jaxcls.errors import require
 from jaxcls.models.convolutions import convolve
-from jaxcls.models.layers import Conv, pair
+from jaxcls.models.layers import Conv, max_pool, pair
 
 _IN, _OUT = 'kernel_in', 'kernel_out'
 
@@ -83,8 +83,11 @@ def _in_two(call, args, kwargs, context):
     else:
         dtype = module.dtype or x.dtype
         x = x.astype(dtype) @ first.astype(dtype) @ second.astype(dtype)
+    pool = getattr(module, 'pool', None)
+    x = (x, max_pool(x, *pool)) if pool else x
     if module.has_variable('params', 'bias'):
-        x = x + module.get_variable('params', 'bias').astype(dtype)
+        bias = module.get_variable('params', 'bias').astype(dtype)
+        x = jax.tree.map(lambda x: x + bias, x)
     return x
 
 

@@ -57,17 +57,19 @@ def main(argv: list[str] | None = None) -> int:
         refuse(f'{error.filename}: {error.strerror}. Check the path, its permissions and the disk.')
         return 2
     except Exception as error:
+        import jax
+
         from jaxcls import sharding
 
-        message = sharding.lost(error)
-        if message:
-            refuse(message)
-            os._exit(75)  # a plain exit waits for the others; 75 is EX_TEMPFAIL: try again
-        message = out_of_memory(error)
+        status, message = 2, out_of_memory(error)
+        if not message:
+            status, message = 75, sharding.lost(error)  # EX_TEMPFAIL: try again
         if not message:
             raise
         refuse(message)
-        return 2
+        if jax.process_count() > 1:
+            os._exit(status)  # a plain exit waits for the others
+        return status
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxcls import terminal
-from jaxcls.errors import UserError
+from jaxcls.errors import UserError, first_line
 
 # Seconds in which all processes of a run have to start, unless JAXCLS_START_TIMEOUT says otherwise.
 _START_TIMEOUT = '300'
@@ -67,7 +67,7 @@ def _initialize(**processes):
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f'The processes of the run cannot meet: {_first_line(error)}. {remedy}'
+            f'The processes of the run cannot meet: {first_line(error)}. {remedy}'
         ) from None
     finally:
         watch.cancel()
@@ -89,14 +89,10 @@ def lost(error: Exception) -> str:
     if not shared or jax.process_count() == 1:
         return ''
     return (
-        f'This is one of {jax.process_count()} processes, and it cannot go on: {_first_line(error)}. If '
+        f'This is one of {jax.process_count()} processes, and it cannot go on: {first_line(error)}. If '
         'another one has ended, its own message says why. To go on from the last checkpoint, repeat the '
         'command in every process.'
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _number(env, name: str) -> int:

@@ -13,6 +13,7 @@ from jaxcls.models.bands import convolve_each, pays_in_bands
 # size, channels, kernel, features, stride, padding
 SHAPES = [
     (12, 1, 5, 6, 1, 2),
+    (8, 1, 5, 6, 1, 2),  # four blocks of each of 3 images: the kernel's gradient in four parts
     (14, 6, 5, 16, 1, 0),
     (9, 1, 3, 6, 1, 1),  # two rows together, and one left over
     (9, 3, 3, 100, 1, 1),  # an output alone
@@ -29,9 +30,9 @@ def sides(size):
     return size if isinstance(size, tuple) else (size, size)
 
 
-def inputs(size, channels, kernel, features):
+def inputs(size, channels, kernel, features, images=3):
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((2, 3, *sides(size), channels))
+    x = rng.standard_normal((2, images, *sides(size), channels))
     kernel = rng.standard_normal((2, *sides(kernel), channels, features))
     return jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
 
@@ -94,3 +95,19 @@ def test_what_would_copy_much_keeps_its_groups():
     wide, narrow = ([jax.ShapeDtypeStruct(s, jnp.float32) for s in pair] for pair in shapes)
     assert pays_in_bands(place, *narrow) and not pays_in_bands(place, *wide)
     assert not pays_in_bands((1, (1, 1), 2), *narrow)
+
+
+def test_the_kernels_gradient_is_added_up_in_eight_parts_and_float32():
+    x, kernel = (a.astype(jnp.bfloat16) for a in inputs(6, 1, 3, 4, images=8))
+
+    def of_kernel(x, kernel):
+        y = convolve_each((1, (1, 1), 1), x, kernel)
+        return jax.grad(lambda k: convolve_each((1, (1, 1), 1), x, k).astype(jnp.float32).sum())(
+            kernel
+        ), y
+
+    assert '-> tensor<2x8x32x48xf32>' in lowered(of_kernel, x, kernel)
+    wide = [a.astype(jnp.float32) for a in (x, kernel)]
+    found, expected = of_kernel(x, kernel)[0], of_kernel(*wide)[0]
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=2**-8)

@@ -55,3 +55,18 @@ def test_a_factorised_network_has_a_gradient():
     loss = lambda variables: low_rank.Factorized(model).apply(variables, image)[0].sum()  # noqa: E731
     gradient = jax.grad(loss)(factors)['params']['conv2']['conv']
     assert set(gradient) == {'kernel_in', 'kernel_out'}
+
+
+def test_a_pool_in_front_of_the_bias_in_training_stays():
+    model, flat, image = build('lenet_small', norm='none')
+    path = 'params/conv2/conv/kernel'
+    full = {path: min(low_rank._matrix(flat[path]).shape)}
+    factors = low_rank.factorize(weights.unflatten(flat), full)
+    found, expected = (
+        net.apply(variables, image, train=True)[0]
+        for net, variables in (
+            (low_rank.Factorized(model), factors),
+            (model, weights.unflatten(flat)),
+        )
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)

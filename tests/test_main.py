@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxcls import main, predict, workdir
+from jaxcls import errors, main, predict, workdir
 
 TRAIN = [
     '--config.epochs=3', '--config.model.name=mlp', '--config.model.hidden=(16,)',
@@ -47,11 +47,29 @@ def test_training_prints_plain_lines_and_a_result_when_piped(tmp_path, capsys):
 
 
 def test_too_little_memory_is_told_in_one_message(tmp_path, capsys):
-    huge = '--config.model.hidden=(1000000,10000000)'  # 40 TB
+    huge = '--config.model.hidden=(10000000,10000000)'  # 400 TB, more than can be addressed
     assert main.main(['train', f'--workdir={tmp_path}/run', *TRAIN, huge]) == 2
     message = capsys.readouterr().err
     assert message.startswith('jaxcls: There is too little memory: ')
-    assert '40000000000000 bytes. Take a smaller config.batch_size' in message
+    assert 'Out of memory allocating 400' in message and 'a smaller batch_size' in message
+
+
+@pytest.mark.parametrize(
+    ('error', 'beginning'),
+    [
+        (MemoryError(), 'MemoryError. '),
+        (MemoryError('\nUnable to allocate 8 TiB\nfor'), 'Unable to allocate 8 TiB. '),
+        (RuntimeError('RESOURCE_EXHAUSTED: Failed to allocate 8 bytes'), 'RESOURCE_EXHAUSTED: '),
+        (RuntimeError('RESOURCE_EXHAUSTED: too many requests'), None),
+        (RuntimeError('out of order'), None),
+    ],
+)
+def test_errors_of_memory_are_known_by_what_they_say(error, beginning):
+    message = errors.out_of_memory(error)
+    if beginning is None:
+        assert message == ''
+    else:
+        assert message.startswith(f'There is too little memory: {beginning}')
 
 
 def test_evaluate_prints_one_json_object(run, capsys):

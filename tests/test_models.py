@@ -516,9 +516,29 @@ def test_orthogonal_kernels_are_orthogonal():
     np.testing.assert_allclose(flat.T @ flat, np.eye(8), atol=1e-5)
 
 
-@pytest.mark.parametrize('activation', ['relu', 'leaky_relu', 'tanh'])
-@pytest.mark.parametrize('norm', ['none', 'batch'])
-@pytest.mark.parametrize('pool', [(2, 2), (3, 2)])
+def test_relu_of_a_sum_is_a_maximum_where_it_is_exported():
+    def lowered(platform):
+        program = jax.jit(layers.relu_of_sum).trace(jnp.ones(3))
+        return program.lower(lowering_platforms=(platform,)).as_text()
+
+    assert all('stablehlo.select' in lowered(platform) for platform in ('cpu', 'cuda'))
+    assert 'stablehlo.select' not in lowered('tpu') and 'stablehlo.maximum' in lowered('tpu')
+
+
+def test_a_pool_comes_before_the_activation_in_training_only(monkeypatch):
+    pooled = []
+    monkeypatch.setattr(layers, 'max_pool', lambda x, *_: pooled.append(x) or x)
+    layer = layers.ConvNormAct(4, 3, layers.Style(norm='none'), pool=(2, 2))
+    x = jax.random.normal(jax.random.key(0), (2, 9, 9, 3))
+    for train in (True, False):
+        layer.init_with_output(jax.random.key(1), x, train=train)
+    assert [bool((x < 0).any()) for x in pooled] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ('activation', 'norm', 'pool'),
+    [*((name, 'none', (3, 2)) for name in layers.ACTIVATIONS), ('relu', 'batch', (2, 2))],
+)
 def test_a_pool_before_bias_and_activation_changes_nothing(activation, norm, pool):
     style = layers.Style(activation=activation, norm=norm)
     apart, together = (
@@ -540,7 +560,7 @@ def test_a_pool_before_bias_and_activation_changes_nothing(activation, norm, poo
         return out if pooled else (out, layers.max_pool(out, *pool))
 
     def loss(params, pooled):
-        return jnp.sin(outputs(params, pooled)[1]).sum()
+        return sum(jnp.sin(part).sum() for part in outputs(params, pooled))
 
     found, expected = (outputs(variables['params'], pooled) for pooled in (True, False))
     jax.tree.map(np.testing.assert_array_equal, found, expected)

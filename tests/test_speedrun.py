@@ -177,8 +177,9 @@ def test_the_share_of_the_warm_up_stays_with_other_epochs(speedrun):
 
 def test_the_proxys_stem_stays_and_its_biases_are_fast(speedrun):
     (_, proxy), (_, state), batch = experiments_of(speedrun, augment=[])
-    gradients = jax.tree.map(jnp.ones_like, state.params)
-    updates, _ = proxy.tx.update(gradients, state.opt_state, state.params)
+    params = {**state.params, 'stem': jax.tree.map(lambda x: x + 1, state.params['stem'])}
+    gradients = jax.tree.map(jnp.ones_like, params)
+    updates, _ = proxy.tx.update(gradients, state.opt_state, params)
     assert not any(leaf.any() for leaf in jax.tree.leaves(updates['stem']))
     bias, kernel = (
         updates['stage1'][name][leaf] for name, leaf in (('norm1', 'bias'), ('conv1', 'kernel'))
