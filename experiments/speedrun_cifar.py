@@ -396,9 +396,9 @@ def main():
     except UserError as error:
         parser.error(str(error))
     except Exception as error:
-        if not out_of_memory(error):
-            raise
-        parser.error(out_of_memory(error))
+        if message := out_of_memory(error):
+            parser.error(message)
+        raise
     rows = []
     for seed in range(1, args.runs + 1):
         rows.append(run(seed))

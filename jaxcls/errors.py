@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can mend."""
+"""The one exception for mistakes a user can mend, and what is said of other errors."""
 
 
 class UserError(Exception):

@@ -80,11 +80,10 @@ def _in_two(call, args, kwargs, context):
         padding = half if module.padding is None else pair(module.padding)
         x = convolve(x.astype(dtype), first.astype(dtype), module.stride, padding)
         x = convolve(x, second.astype(dtype)[None, None], 1, (0, 0))
+        x = (x, max_pool(x, *module.pool)) if module.pool else x
     else:
         dtype = module.dtype or x.dtype
         x = x.astype(dtype) @ first.astype(dtype) @ second.astype(dtype)
-    pool = getattr(module, 'pool', None)
-    x = (x, max_pool(x, *pool)) if pool else x
     if module.has_variable('params', 'bias'):
         bias = module.get_variable('params', 'bias').astype(dtype)
         x = jax.tree.map(lambda x: x + bias, x)

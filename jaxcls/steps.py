@@ -263,17 +263,14 @@ def _all_finite(grads, more) -> jax.Array:
     # 0 * x is NaN where x is not finite. XLA fuses an `all` with the layers that made x, which takes it
     # five times as long to compile; sums it leaves alone. What there is of each parameter (its gradient,
     # its moments) is added up first: on a GPU every sum is a kernel or two.
-    shapes = _shapes(grads)
-    nodes = jax.tree.leaves(more, is_leaf=lambda node: _shapes(node) == shapes)
-    alike = [grads, *(node for node in nodes if _shapes(node) == shapes)]
-    rest = [node for node in nodes if _shapes(node) != shapes]
+    shapes = jax.tree.map(jnp.shape, grads)
+    is_alike = lambda node: jax.tree.map(jnp.shape, node) == shapes  # noqa: E731
+    nodes = jax.tree.leaves(more, is_leaf=is_alike)
+    alike = [grads, *filter(is_alike, nodes)]
+    rest = [node for node in nodes if not is_alike(node)]
     each = jax.tree.map(lambda *parts: sum(0 * x for x in parts), *alike)
     leaves = [x for x in jax.tree.leaves((each, rest)) if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.isfinite(jnp.stack([(0 * x).sum().astype(jnp.float32) for x in leaves])).all()
-
-
-def _shapes(tree):
-    return jax.tree.map(jnp.shape, tree)
 
 
 def make_run_steps(train_step: Callable, fetch: Callable) -> Callable:

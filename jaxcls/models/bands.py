@@ -73,7 +73,7 @@ def convolve_each(place, x, kernel) -> jax.Array:
     # Rows of one matrix: else XLA would transpose what it adds up of several axes for the kernel's gradient.
     rows = blocks.reshape(len(kernel), -1, blocks.shape[-1])
     # Else XLA adds a bias within the product, as a matrix of its size.
-    y = jax.lax.optimization_barrier(_times_band((stride, block), rows, kernel))
+    y = jax.lax.optimization_barrier(_times_band((stride, block, reads), rows, kernel))
     # A block has one row or the whole width: else it would have to be transposed.
     whole = [n * k for n, k in zip(counts, block, strict=True)]
     return y.reshape(*x.shape[:2], *whole, features)[:, :, : outputs[0], : outputs[1]]
@@ -86,7 +86,7 @@ def _times_band(place, rows, kernel):
 
 
 def _band(place, kernel):
-    stride, block = place
+    stride, block, _ = place
     shifts = [[(i * stride, (n - 1 - i) * stride) for i in range(n)] for n in block]
     shifted = [
         jnp.pad(kernel, ((0, 0), *shift, (0, 0), (0, 0))) for shift in itertools.product(*shifts)
@@ -95,7 +95,7 @@ def _band(place, kernel):
 
 
 def _gradients(place, saved, gradient):
-    (stride, block), (rows, kernel) = place, saved
+    (stride, block, reads), (rows, kernel) = place, saved
     of_rows = jnp.einsum('erf,ekf->erk', gradient, _band(place, kernel))
     count = math.gcd(PARTS, rows.shape[1])
     parts = (x.reshape(len(x), count, -1, x.shape[-1]) for x in (rows, gradient))
@@ -104,7 +104,6 @@ def _gradients(place, saved, gradient):
     # Else XLA adds up the parts anew for each place of the kernel.
     of_band = jax.lax.optimization_barrier(of_band.sum(1))
     each, height, width, channels, features = kernel.shape
-    reads = ((n - 1) * stride + k for n, k in zip(block, (height, width), strict=True))
     of_band = of_band.reshape(each, *reads, channels, *block, features)
     i, row, j, column = np.ogrid[:height, : block[0], :width, : block[1]]
     met = of_band[:, row * stride + i, column * stride + j, :, row, column]

@@ -80,10 +80,10 @@ class LeNet(nn.Module):
         style, features = style_of(self), {}
         x = as_input(images, self.dtype)
         for i, (width, padding) in enumerate(zip(self.filters, self.padding, strict=True), 1):
-            fields = {'padding': padding, 'pool': (2, 2) if self.pool == 'max' else None}
-            layer = ConvNormAct(width, self.kernel_size, style, **fields, name=f'conv{i}')
+            pool, size = (2, 2) if self.pool == 'max' else None, self.kernel_size
+            layer = ConvNormAct(width, size, style, 1, padding, pool=pool, name=f'conv{i}')
             x = layer(x, train=train)
-            features[f'conv{i}'], x = x if fields['pool'] else (x, POOLS[self.pool](x, 2, 2))
+            features[f'conv{i}'], x = x if pool else (x, POOLS[self.pool](x, 2, 2))
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.hidden, 1):
             x = DenseNormAct(width, style, self.dropout, name=f'hidden{i}')(x, train=train)

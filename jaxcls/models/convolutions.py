@@ -2,9 +2,9 @@
 
 On a GPU a stem at stride 2 has the pixels of a square as features (a train step of ResNet-50 in bfloat16 with
 128 images takes 19.5 ms on one H200, not 19.9), one at stride 1 those of 8 columns (3 to 64 features at 32
-pixels in bfloat16, 1,024 images: 112 us forwards, not 195, and 120 for the kernel, not 139), and under `vmap`
-with a kernel for each of many networks products of matrices may be taken (`bands.py`). What follows is of
-CPUs.
+pixels in bfloat16, 1,024 images: 112 us forwards, not 195, and 120 for the kernel, not 139). A strided 1x1
+one has a gradient for x at stride 1. Under `vmap` with a kernel for each of many networks products of
+matrices may be taken (`bands.py`). What follows is of CPUs.
 
 All forms but Winograd's compute the same sums, some in another order. Times are of 2 cores with AVX2, in
 milliseconds, batch 128 (8 from 56 pixels on).
@@ -49,7 +49,7 @@ import jax.numpy as jnp
 
 from jaxcls.models.bands import convolve_each, pays_in_bands
 from jaxcls.models.depthwise import convolve_depthwise, depthwise_gradients
-from jaxcls.models.slices import output_size, pad
+from jaxcls.models.slices import every, output_size, pad
 from jaxcls.models.winograd import (
     cost_of_tiles,
     in_rows,
@@ -156,13 +156,9 @@ def _gradients_of_strided_pointwise(place, x, kernel, gradient):
     # cuDNN's gradient for x is as large as x and mostly zeros, which are written and read again. Here XLA
     # puts them between what there is where it is read. ResNet-18's first took cuDNN 66 us on an H200.
     stride, _, _ = place
-
-    def read(x):
-        for axis in (1, 2):
-            x = jax.lax.slice_in_dim(x, 0, None, stride, axis)
-        return _convolution((1, (0, 0), 1), x, kernel)
-
-    (dx,) = jax.vjp(read, x)[1](gradient)
+    (dx,) = jax.vjp(lambda x: _convolution((1, (0, 0), 1), every(x, stride), kernel), x)[1](
+        gradient
+    )
     (dkernel,) = jax.vjp(lambda kernel: _convolution(place, x, kernel), kernel)[1](gradient)
     return dx, dkernel
 
@@ -247,7 +243,7 @@ def _gradients_of_pointwise_on_cpu(place, x, kernel, gradient):
     # left, as XLA transposes what is there: 4.8 ms, not 7.2, with 16 and 96 features at 112 pixels.
     stride, _, _ = place
     (dx,) = jax.vjp(lambda x: _convolution(place, x, kernel), x)[1](gradient)
-    rows = x[:, ::stride, ::stride].reshape(-1, x.shape[-1])
+    rows = every(x, stride).reshape(-1, x.shape[-1])
     of_rows = gradient.reshape(-1, gradient.shape[-1])
     if rows.shape[-1] < of_rows.shape[-1]:
         dkernel = jnp.einsum('nc,nf->cf', rows, of_rows)

@@ -333,10 +333,11 @@ class ConvNormAct(nn.Module):
         kernel_init = 'zeros' if self.zero and bare else None
         pool = self.pool if train and bare and style.activation in _KEEP_ORDER else None
         x = Conv(*size, style, *place, self.use_bias, kernel_init, pool, name='conv')(x)
-        rest = functools.partial(norm_act, style=style, train=train, act=self.act, name='norm')
+        fields = {'train': train, 'act': self.act, 'zero': self.zero, 'name': 'norm'}
+        rest = functools.partial(norm_act, style=style, **fields)
         if pool:
-            return tuple(rest(part) for part in x)
-        x = rest(x, zero=self.zero)
+            return tuple(map(rest, x))
+        x = rest(x)
         return (x, max_pool(x, *self.pool)) if self.pool else x
 
 

@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from jaxcls.errors import require
@@ -28,6 +27,7 @@ from jaxcls.models.layers import (
     style_of,
 )
 from jaxcls.models.references import POINTWISE, Reference
+from jaxcls.models.slices import every
 from jaxcls.registry import lookup
 
 # Stems: images -> activations with `filters` channels. With pre-activation the first block starts
@@ -88,8 +88,7 @@ def pad_shortcut(x, features, stride, _style, *, train, bare):
     weights for CIFAR are of that order.
     """
     del train, bare
-    for axis in (1, 2):  # slices: see slices.unstack
-        x = jax.lax.slice_in_dim(x, 0, None, stride, axis)
+    x = every(x, stride)
     new = features - x.shape[-1]
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2)))
 

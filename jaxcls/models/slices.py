@@ -11,6 +11,11 @@ def unstack(x, axis: int) -> list:
     return [jax.lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])]
 
 
+def every(x, stride: int) -> jax.Array:
+    """x [B, H, W, C]: every stride-th row and column, from the first on."""
+    return jax.lax.slice(x, (0,) * 4, x.shape, (1, stride, stride, 1))
+
+
 def output_size(size, window, stride: int, padding) -> tuple[int, int]:
     """How many places a window has along the height and the width, with zeros on both sides."""
     sizes = zip(size, window, padding, strict=True)
