@@ -525,6 +525,19 @@ def test_relu_of_a_sum_is_a_maximum_where_it_is_exported():
     assert 'stablehlo.select' not in lowered('tpu') and 'stablehlo.maximum' in lowered('tpu')
 
 
+@pytest.mark.parametrize(
+    ('norm', 'train', 'of_sum'),
+    [('none', True, True), ('none', False, False), ('batch', True, False)],
+)
+def test_relu_after_a_bias_is_of_a_sum_in_training(norm, train, of_sum):
+    layer = layers.ConvNormAct(4, 1, layers.Style(norm=norm))
+    x = jnp.ones((2, 3, 3, 3))
+    variables = layer.init(jax.random.key(0), x, train=False)
+    apply = functools.partial(layer.apply, train=train, mutable=['batch_stats'])
+    lowered = jax.jit(apply).trace(variables, x).lower(lowering_platforms=('cuda',)).as_text()
+    assert ('stablehlo.select' in lowered, 'stablehlo.maximum' in lowered) == (of_sum, not of_sum)
+
+
 def test_a_pool_comes_before_the_activation_in_training_only(monkeypatch):
     pooled = []
     monkeypatch.setattr(layers, 'max_pool', lambda x, *_: pooled.append(x) or x)
