@@ -97,6 +97,17 @@ def test_what_would_copy_much_keeps_its_groups():
     assert not pays_in_bands((1, (1, 1), 2), *narrow)
 
 
+def test_only_what_is_read_is_kept_and_no_gradient():
+    x, kernel = jnp.ones((2, 3, 9, 9, 2)), jnp.ones((2, 3, 3, 2, 4))
+    convolve = functools.partial(convolve_each, (1, (1, 1), 1))
+
+    def kept(function):
+        return jax.jit(function).lower(x, kernel).as_text().count('optimization_barrier')
+
+    gradient = jax.grad(lambda *args: convolve(*args).sum())
+    assert (kept(convolve), kept(gradient)) == (2, 0)  # the padded image, the products
+
+
 def test_the_kernels_gradient_is_added_up_in_eight_parts_and_float32():
     x, kernel = (a.astype(jnp.bfloat16) for a in inputs(6, 1, 3, 4, images=8))
 

@@ -58,9 +58,7 @@ def convolve_each(place, x, kernel) -> jax.Array:
     none = (0, 0, 0)
     edges = ((p, n - p - m, 0) for p, n, m in zip(padding, sizes, x.shape[2:4], strict=True))
     # Else XLA would pad, and compute a pool before, again for each window.
-    x = jax.lax.optimization_barrier(
-        jax.lax.pad(x, jnp.zeros((), x.dtype), [none, none, *edges, none])
-    )
+    x = _kept(jax.lax.pad(x, jnp.zeros((), x.dtype), [none, none, *edges, none]))
     tall = sizes[0] - reads[0] + 1
 
     def windows(start):
@@ -73,10 +71,19 @@ def convolve_each(place, x, kernel) -> jax.Array:
     # Rows of one matrix: else XLA would transpose what it adds up of several axes for the kernel's gradient.
     rows = blocks.reshape(len(kernel), -1, blocks.shape[-1])
     # Else XLA adds a bias within the product, as a matrix of its size.
-    y = jax.lax.optimization_barrier(_times_band((stride, block, reads), rows, kernel))
+    y = _kept(_times_band((stride, block, reads), rows, kernel))
     # A block has one row or the whole width: else it would have to be transposed.
     whole = [n * k for n, k in zip(counts, block, strict=True)]
     return y.reshape(*x.shape[:2], *whole, features)[:, :, : outputs[0], : outputs[1]]
+
+
+@jax.custom_vjp
+def _kept(x):
+    """x, which XLA writes to memory: its gradient may be part of what is computed with it."""
+    return jax.lax.optimization_barrier(x)
+
+
+_kept.defvjp(lambda x: (_kept(x), None), lambda _, gradient: (gradient,))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
