@@ -10,7 +10,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,38 +97,6 @@ def layer_scales(params: Params, layers: Sequence[str], layer_decay: float) -> P
         return layer_decay ** (last - depth.get(param_path(path).split('/')[0], 0))
 
     return jax.tree_util.tree_map_with_path(scale, params)
-
-
-class LookaheadState(NamedTuple):
-    """Steps taken, and the slow parameters."""
-
-    count: jax.Array
-    slow: Params
-
-
-def lookahead(period: int, keep: Schedule) -> optax.GradientTransformation:
-    """Every `period` steps the parameters go to a slow average that follows them. Last in a chain.
-
-    Zhang 2019, https://arxiv.org/abs/1907.08610, who keep 0.5; Jordan 2024 more and more of it.
-
-    Args:
-      keep: of a step, what the average keeps of itself, in [0, 1]. 0 is without lookahead.
-    """
-
-    def update(updates, state, params):
-        count = state.count + 1
-        meet, kept = count % period == 0, keep(count)
-        fast = optax.apply_updates(params, updates)
-        slow = jax.tree.map(
-            lambda s, f: jnp.where(meet, kept * s + (1 - kept) * f, s), state.slow, fast
-        )
-        updates = jax.tree.map(lambda u, s, p: jnp.where(meet, s - p, u), updates, slow, params)
-        return updates, LookaheadState(count, slow)
-
-    def init(params):
-        return LookaheadState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
-
-    return optax.GradientTransformation(init, update)
 
 
 # An entry of OPTIMIZERS is `build(learning_rate, weight_decay, **arguments)`, where `learning_rate`

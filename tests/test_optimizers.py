@@ -267,25 +267,6 @@ def test_schedule_free_evaluates_the_average_and_others_the_parameters(problem):
     assert optimizers.evaluation_params(plain.init(params), params) is params
 
 
-def test_lookahead_meets_its_average_by_hand_and_is_nothing_where_it_keeps_nothing():
-    gradient, start = np.array([1.0, -2.0], np.float32), np.array([3.0, 4.0], np.float32)
-
-    def run(tx, steps):
-        params, state = jnp.asarray(start), tx.init(start)
-        for _ in range(steps):
-            updates, state = tx.update(gradient, state, params)
-            params = optax.apply_updates(params, updates)
-        return params
-
-    plain = optax.sgd(0.1)
-    half = optax.chain(plain, optimizers.lookahead(3, lambda step: 0.5))
-    np.testing.assert_allclose(run(half, 2), start - 0.2 * gradient, rtol=1e-6)
-    np.testing.assert_allclose(run(half, 3), start - 0.15 * gradient, rtol=1e-6)  # 0 and 0.3
-    np.testing.assert_allclose(run(half, 6), start - 0.3 * gradient, rtol=1e-6)  # 0.15 and 0.45
-    none = optax.chain(plain, optimizers.lookahead(3, lambda step: 0.0))
-    np.testing.assert_allclose(run(none, 7), run(plain, 7), rtol=1e-6)
-
-
 def test_decay_mask_keeps_kernels(problem):
     assert optimizers.decay_mask(problem[1]) == {'conv': True, 'dense': True, 'bias': False}
 

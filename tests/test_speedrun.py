@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 import scripts
 from jaxcls import experiment
 from jaxcls.models import airbench
+from jaxcls.steps import init_state
 
 PATH = Path(__file__).parent.parent / 'experiments' / 'speedrun_cifar.py'
 STEPS, BATCH = 8, 10
@@ -230,6 +231,33 @@ def test_the_rates_are_those_of_the_script(speedrun):
     rising = [0.2 + 0.8 * step / warmup for step in range(warmup)]
     falling = [(total - step) / (total - warmup) for step in range(warmup, total)]
     np.testing.assert_allclose(found, [*rising, *falling], rtol=1e-5)
+
+
+def test_the_network_goes_to_its_average_as_in_the_script(speedrun):
+    total, rng = 12, np.random.default_rng(0)
+    moves = rng.normal(size=(total, 2))
+
+    def train_step(states, batch):
+        [state] = states
+        params, stats = state.params + batch[0], 0.9 * state.batch_stats + batch[1]
+        return [state.replace(step=state.step + 1, params=params, batch_stats=stats)], {}
+
+    start = init_state(
+        {'params': jnp.float32(1.0), 'batch_stats': jnp.float32(2.0)},
+        optax.identity(), jax.random.key(0), ema_decay=0.0,
+    )  # fmt: skip
+    states = [start, speedrun.learnt(start)]
+    step = jax.jit(speedrun.with_lookahead(train_step, total))
+    net, average = np.array([1.0, 2.0]), np.array([1.0, 2.0])
+    for i, move in enumerate(moves, 1):
+        states, _ = step(states, jnp.asarray(move, jnp.float32))
+        net = net * (1, 0.9) + move
+        if i % 5 == 0:
+            decay = 0.95**5 * (i / total) ** 3
+            net = average = decay * average + (1 - decay) * net
+        if i == total:
+            net = average
+        np.testing.assert_allclose(speedrun.learnt(states[0]), net, rtol=1e-5)
 
 
 def leaves_of(params):
