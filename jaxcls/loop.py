@@ -61,9 +61,9 @@ class Events(NamedTuple):
         per_call = config.steps_per_call or (_STEPS_PER_CALL if several else 1)
         return cls(log, validate, checkpoint, sorted(log | checkpoint), per_call)
 
-    def next_call(self, step: int, until: int) -> int:
-        """How many steps to run as one program: all of a call, or one where an event or the end is nearer."""
-        near = min(self.stops[bisect.bisect_right(self.stops, step)], until) - step
+    def next_call(self, step: int) -> int:
+        """How many steps to run as one program: all of a call, or one where an event is nearer."""
+        near = self.stops[bisect.bisect_right(self.stops, step)] - step
         return self.steps_per_call if near >= self.steps_per_call else 1
 
 
@@ -287,6 +287,12 @@ def finite(summary: dict[str, float]) -> dict[str, float | None]:
     return {key: value if math.isfinite(value) else None for key, value in summary.items()}
 
 
+def is_best(history: list[dict[str, Any]]) -> bool:
+    """Whether the last validation has the highest accuracy so far."""
+    *earlier, last = (record for record in history if record['kind'] == 'validation')
+    return all(record['top1'] < last['top1'] for record in earlier)
+
+
 class Diverged(UserError):
     """The loss stayed non-finite."""
 
@@ -352,6 +358,7 @@ def drive(
 
     Args:
       tree: (state, totals).
+      until: where to pause, or after the call that it is in: other calls would have other roundings.
       zeros: makes new totals.
 
     Returns:
@@ -360,7 +367,7 @@ def drive(
     (state, totals), early = tree, False
     with Signals() as signals:
         while step < until and not early:
-            count = events.next_call(step, until)
+            count = events.next_call(step)
             state, totals = advance(step, count, state, totals)
             step += count
             hooks.progress(step)

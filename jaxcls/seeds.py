@@ -24,6 +24,8 @@ from jaxcls.models import MODELS
 
 Members = list[tuple[ConfigDict, Path]]
 
+_NOTE = 'diverged.json'  # of a run that was given up
+
 
 def per_program(config: ConfigDict) -> int:
     """How many seeds of a resolved config share a program.
@@ -115,6 +117,7 @@ class _Many(NamedTuple):
     experiment: experiment_lib.Experiment
     evaluator: evaluation.Evaluator
     checkpoints: workdir_lib.Checkpoints
+    own: list[workdir_lib.Checkpoints]  # of each: its best step, and at the end the last
     events: loop.Events
     clock: loop.Clock
     on_event: loop.OnEvent
@@ -159,10 +162,13 @@ def fit_together(
                 workdir_lib.start(place, member, data, experiment_lib.TABLES)
 
         sharding.on_first_process(claim)
-        checkpoints = workdir_lib.Checkpoints(directory, config.keep_checkpoints)
-        stack.callback(checkpoints.close)
+        places = [directory, *(place for _, place in members)]
+        checkpoints, *own = (workdir_lib.Checkpoints(p, config.keep_checkpoints) for p in places)
+        for each in (checkpoints, *own):
+            stack.callback(each.close)
         restored = checkpoints.restore(like)
         step = restored.step if restored else 0
+        sharding.on_first_process(lambda: _rewind_notes(members, step))
         rewound = [workdir_lib.rewind_metrics(place, step) for _, place in members]
         histories, dropped = [records for records, _ in rewound], sum(n for _, n in rewound)
         if dropped and not restored:
@@ -171,7 +177,7 @@ def fit_together(
         tree = (
             restored.tree if restored else (_initial_state(experiment, configs, like[0]), zeros())
         )
-        examples, bad_steps = jax.device_get((tree[1]['examples'], tree[0].bad_steps))
+        examples = jax.device_get(tree[1]['examples'])
         order = functools.partial(orders, [experiment.order(c.seed) for c in configs])
         feed = pipeline.resident(reader, order, mesh)
         many = _Many(
@@ -180,12 +186,13 @@ def fit_together(
             experiment=experiment,
             evaluator=evaluation.make_evaluator(experiment, validation, mesh, many=True),
             checkpoints=checkpoints,
+            own=own,
             events=loop.Events.of(experiment, feed),
-            clock=loop.Clock(histories[0], int(examples[0]), len(members)),
+            clock=loop.Clock(histories[0], int(examples.max()), len(members)),
             on_event=on_event,
             histories=histories,
             writers=[loop.tensorboard(place, restored, stack) for _, place in members],
-            diverged={i for i, bad in enumerate(bad_steps) if bad >= config.max_bad_steps},
+            diverged={i for i, (_, place) in enumerate(members) if (place / _NOTE).is_file()},
         )
         on_event({'kind': 'together', 'step': step, 'run': many})
         begin_step = stack.enter_context(workdir_lib.attempt(directory, step))
@@ -193,6 +200,14 @@ def fit_together(
     if stopped == 'done' and jax.process_index() == 0:
         shutil.rmtree(directory, ignore_errors=True)
     return stopped
+
+
+def _rewind_notes(members: Members, step: int):
+    """Removes the notes of divergence that were written after a step."""
+    for _, place in members:
+        note = place / _NOTE
+        if note.is_file() and workdir_lib.read_json(note).get('step', 0) > step:
+            note.unlink()
 
 
 def stack_shapes(like, count: int):
@@ -219,11 +234,11 @@ def _initial_state(experiment, configs: list[ConfigDict], like) -> steps.TrainSt
 def _train(
     many: _Many, tree, step: int, feed, like, zeros, begin_step: Callable, until_epoch: float
 ) -> str:
-    evaluated = None
+    evaluated, best = None, set()  # places whose last validation is their best
 
     def log(step, state, totals):
         totals, bad = jax.device_get((totals, state.bad_steps))
-        speed = many.clock.speed(int(totals['examples'][0]))
+        speed = many.clock.speed(int(totals['examples'].max()))  # of one that skipped none
         for i in _alive(many):
             record = loop.train_record(
                 many.experiment, step, many.clock, _at(totals, i), many.histories[i], speed
@@ -236,28 +251,33 @@ def _train(
             if message:
                 many.diverged.add(i)
                 if jax.process_index() == 0:
-                    workdir_lib.write_json(
-                        many.members[i][1] / 'diverged.json', {'message': message}
-                    )
+                    note = {'message': message, 'step': step}
+                    workdir_lib.write_json(many.members[i][1] / _NOTE, note)
         if not _alive(many):
             raise loop.Diverged(message)
 
     def validate(step, state):
         nonlocal evaluated
         with many.clock.pause():
-            evaluated = many.evaluator(steps.evaluation_variables(state))
+            evaluated = _evaluate(many, state)
             sums = jax.device_get(evaluated.sums)
         for i in _alive(many):
             summary = metrics.summarize(_at(sums, i))
             _write(many, i, loop.validation_record(many.experiment, step, many.clock, summary))
-        return False, False
+            if loop.is_best(many.histories[i]):
+                best.add(i)
+        return False, bool(best)
 
     def save(step, tree):
         with many.clock.pause():
             many.checkpoints.save(step, tree)
+            for i in best:
+                _save(many, i, step, tree)
+            best.clear()
 
     def progress(step):
-        many.checkpoints.check()
+        for each in (many.checkpoints, *many.own):
+            each.check()
         many.on_event({'kind': 'progress', 'step': step})
 
     advance = loop.make_advance(
@@ -268,9 +288,19 @@ def _train(
     many.clock.start()
     state, stopped = loop.drive(tree, step, until, many.events, advance, zeros, hooks)
     if stopped == 'done':
-        evaluated = evaluated or many.evaluator(steps.evaluation_variables(state))
+        evaluated = evaluated or _evaluate(many, state)
         _finish(many, state, zeros(), evaluated)
     return stopped
+
+
+def _evaluate(many: _Many, state: steps.TrainState) -> evaluation.Evaluation:
+    return many.evaluator(jax.vmap(steps.evaluation_variables)(state))
+
+
+def _save(many: _Many, i: int, step: int, tree):
+    """Saves a seed's part of (state, totals) as a run's own, after a validation."""
+    if step not in many.own[i].manager.all_steps():
+        many.own[i].save(step, _at(tree, i), {'top1': many.histories[i][-1]['top1']})
 
 
 def _alive(many: _Many) -> list[int]:
@@ -292,16 +322,14 @@ def _write(many: _Many, i: int, record: dict[str, Any]):
 def _finish(many: _Many, state: steps.TrainState, totals, evaluated: evaluation.Evaluation):
     """Gives each seed its own checkpoint and result: from here on it is a run like any other."""
     for i in _alive(many):
-        config, place = many.members[i]
+        _, place = many.members[i]
         if (place / 'result.json').is_file():
             continue
-        one, history = _at(state, i), many.histories[i]
-        checkpoints = workdir_lib.Checkpoints(place, config.keep_checkpoints)
-        with contextlib.closing(checkpoints):
-            if many.experiment.total_steps not in checkpoints.manager.all_steps():
-                top1 = {'top1': history[-1]['top1']}
-                checkpoints.save(many.experiment.total_steps, (one, _at(totals, i)), top1)
-                checkpoints.wait()
-        if jax.process_index() == 0:
-            cost = inspection.cost(many.experiment, one)
-            results.write(place, evaluated.of(i).predictions(), history, cost)
+        _save(many, i, many.experiment.total_steps, (state, totals))
+        many.own[i].wait()
+
+        def write(place=place, i=i):
+            cost = inspection.cost(many.experiment, _at(state, i))
+            results.write(place, evaluated.of(i).predictions(), many.histories[i], cost)
+
+        sharding.on_first_process(write)

@@ -533,4 +533,5 @@ def training_seconds(member: results.Member, until_step: float = math.inf) -> fl
     return math.fsum(
         images * (record['epoch'] - last['epoch']) / record['images_per_second']
         for last, record in itertools.pairwise([{'epoch': 0.0}, *records])
+        if record['images_per_second']  # of no image where all steps were skipped
     )

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from jaxcls import config as config_lib
 from jaxcls import experiment as experiment_lib
-from jaxcls import loop, results, train
+from jaxcls import loop, results, sharding, train
 from jaxcls import seeds as seeds_lib
 from jaxcls import workdir as workdir_lib
 from jaxcls.errors import UserError
@@ -111,7 +111,8 @@ def fit_seeds(
             break
     group = results.read(workdir)
     if config.seeds > 1 and stopped == 'done':
-        workdir_lib.write_json(workdir / 'result.json', group.summary())
+        summary = group.summary()
+        sharding.on_first_process(lambda: workdir_lib.write_json(workdir / 'result.json', summary))
     return Outcome(workdir.name, group, stopped)
 
 

@@ -159,7 +159,7 @@ def _train(run: _Run, restored, start, history, until_epoch):
         nonlocal evaluated
         record, evaluated = _validate(run, step, state)
         history.append(record)
-        return _gives_up(experiment, history), _is_best(history)
+        return _gives_up(experiment, history), loop.is_best(history)
 
     hooks = loop.Hooks(
         log=log,
@@ -184,13 +184,8 @@ def _gives_up(experiment: experiment_lib.Experiment, history: list[dict[str, Any
     if not (patience and validations):
         return False
     best = min(validations, key=lambda r: math.inf if r['loss'] is None else r['loss'])
+    patience = min(patience, experiment.config.epochs)
     return validations[-1]['step'] - best['step'] >= experiment.steps(patience)
-
-
-def _is_best(history: list[dict[str, Any]]) -> bool:
-    """Whether the last validation has the highest accuracy so far."""
-    *earlier, last = results.of_kind(history, 'validation')
-    return all(record['top1'] < last['top1'] for record in earlier)
 
 
 def _validate(
@@ -235,7 +230,10 @@ def _finish(run: _Run, state, history, stopped: str, evaluated) -> results.Resul
     complete = evaluated is None and (run.workdir / 'result.json').is_file()
     if stopped in ('done', 'early') and not complete:
         evaluated = evaluated or run.evaluator(steps.evaluation_variables(state))
-        if jax.process_index() == 0:
+
+        def write():
             cost = inspection.cost(run.experiment, state)
             results.write(run.workdir, evaluated.predictions(), history, cost)
+
+        sharding.on_first_process(write)  # the others wait: a sweep looks at what is there
     return result

@@ -1,7 +1,9 @@
 import json
+from unittest import mock
 
 import pytest
 
+from jaxcls import config as config_lib
 from jaxcls import study
 from jaxcls.errors import UserError
 
@@ -126,3 +128,14 @@ def test_mistakes_in_a_study_are_user_errors(tmp_path):
     for path in ('model.hidden', 'model'):
         with pytest.raises(UserError, match='the study varies config.model.hidden'):
             study.check_free(asked, [path])
+
+
+def test_the_seconds_of_a_run_leave_out_where_no_image_was_learnt_from():
+    config, speeds = config_lib.get_config(), {1.0: 50.0, 2.0: 0.0, 4.0: 100.0}  # by epoch
+    config.data.train = 'train'
+    records = [
+        {'step': epoch, 'epoch': epoch, 'images_per_second': speed}
+        for epoch, speed in speeds.items()
+    ]
+    member = mock.Mock(data={'examples': {'train': 100}}, config=config, of_kind=lambda _: records)
+    assert study.training_seconds(member) == 100 / 50 + 200 / 100

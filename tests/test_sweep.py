@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxcls import config as config_lib
-from jaxcls import experiment, fit, results, runs, seeds, sweep
+from jaxcls import evaluation, experiment, fit, results, runs, seeds, sweep
 from jaxcls.errors import UserError
 
 pytestmark = pytest.mark.usefixtures('optimized')
@@ -129,6 +129,65 @@ def test_of_seeds_in_one_program_one_may_diverge(tmp_path, monkeypatch):
     ended, lost = outcome.group.members
     assert ended.result and not lost.result and 'Stopped at step' in lost.diverged
     assert outcome.values('top1') == [ended.result['top1']]
+
+
+def test_a_divergence_is_noted_at_the_same_step_after_a_pause(tmp_path, monkeypatch):
+    fresh = seeds._initial_state
+
+    def poisoned(*args):
+        state = fresh(*args)
+        return state.replace(params=jax.tree.map(lambda x: x.at[0].set(np.nan), state.params))
+
+    monkeypatch.setattr(seeds, '_initial_state', poisoned)
+    # It is given up at a log line, the end of an epoch of four steps; paused between, it is not noted yet.
+    config = tiny(seeds=2, seeds_per_program=2, max_bad_steps=3)
+    outcomes = []
+    for name, pauses in {'whole': [], 'parts': [0.75, 2.5]}.items():
+        for pause in pauses:
+            assert sweep.fit_seeds(config, tmp_path / name, until_epoch=pause).stopped == 'paused'
+        outcomes.append(sweep.fit_seeds(config, tmp_path / name))
+    whole, parts = ([(m.diverged, losses(m.records)) for m in o.group.members] for o in outcomes)
+    assert [bool(message) for message, _ in whole] == [True, False]
+    assert [records for _, records in whole] == [records for _, records in parts]
+    # The images a second are those of the seed that skips no step.
+    speeds = [r['images_per_second'] for r in outcomes[0].group.members[1].of_kind('train')]
+    assert all(speeds)
+    events = []
+    sweep.fit_seeds(config, tmp_path / 'parts', events.append)
+    assert [event['kind'] for event in events] == ['complete']
+
+
+def test_a_note_of_divergence_from_after_the_last_checkpoint_goes(tmp_path):
+    config = tiny(seeds=2, seeds_per_program=2)
+    sweep.fit_seeds(config, tmp_path, until_epoch=2)
+    (tmp_path / 'seed-1' / 'diverged.json').write_text('{"message": "later", "step": 12}')
+    outcome = sweep.fit_seeds(config, tmp_path)
+    assert outcome.diverged() == [] and all(member.result for member in outcome.group.members)
+
+
+def test_seeds_in_one_program_keep_their_best(tmp_path):
+    # At such a rate the accuracy falls again.
+    config = tiny(seeds=2, seeds_per_program=2, learning_rate=3.0, validate_every_epochs=0.5)
+    for pause in (1.0, 2.5, 4.0):
+        outcome = sweep.fit_seeds(config, tmp_path, until_epoch=pause)
+    best = []
+    for member in outcome.group.members:
+        top = max(member.of_kind('validation'), key=lambda record: record['top1'])
+        found = evaluation.evaluate(member.workdir, checkpoint='best')
+        assert (found['step'], found['top1']) == (top['step'], pytest.approx(top['top1']))
+        best.append(top['step'])
+    assert min(best) < 16  # of the last
+
+
+def test_seeds_of_a_schedule_free_optimizer_share_a_program(tmp_path):
+    config = tiny(seeds=2, seeds_per_program=2, epochs=1.0, schedule={'name': 'constant'})
+    config.optimizer = {'name': 'schedule_free_adamw'}
+    together = sweep.fit_seeds(config, tmp_path / 'together').group.members[1]
+    config.seeds_per_program = 1
+    apart = sweep.fit_seeds(config, tmp_path / 'apart').group.members[1]
+    np.testing.assert_allclose(
+        together.predictions.logits, apart.predictions.logits, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_seeds_in_one_program_are_those_trained_one_by_one(two_seeds, tmp_path):

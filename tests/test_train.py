@@ -134,6 +134,10 @@ def test_early_stopping_ends_a_run_that_does_not_improve(tmp_path):
     assert fit(config, tmp_path).stopped == 'early'
 
 
+def test_a_patience_beyond_the_end_is_never_at_an_end(tmp_path):
+    assert fit(small(epochs=0.5, early_stopping_epochs=1e9), tmp_path).stopped == 'done'
+
+
 def test_non_finite_steps_in_a_row_stop_the_run_and_keep_the_checkpoint(tmp_path):
     config = small(learning_rate=1e30, optimizer={'name': 'sgd'}, max_bad_steps=3, epochs=20.0)
     config.model = {'name': 'mlp', 'hidden': (8,)}
@@ -176,6 +180,22 @@ def test_events_fall_due_to_the_end_of_the_run(examples, batch_size, epochs, eve
     gaps = set(np.diff(steps).tolist())
     assert not gaps or max(gaps) - min(gaps) <= 1
     assert events.steps_per_call == 1
+
+
+def test_a_pause_changes_no_call():
+    events = loop.Events(frozenset({30}), frozenset(), frozenset(), [30, 60], steps_per_call=10)
+    calls, zeros = [], lambda: None
+
+    def advance(step, count, state, totals):
+        calls.append((step, count))
+        return state, totals
+
+    nothing = loop.Hooks(*[lambda *args: None] * 5)
+    ends = []
+    for step, until in ((0, 25), (30, 60)):
+        _, stopped = loop.drive((None, None), step, until, events, advance, zeros, nothing)
+        ends.append(stopped)
+    assert calls == [(step, 10) for step in range(0, 60, 10)] and ends == ['paused', 'done']
 
 
 def test_data_that_changed_under_a_run_are_refused(tmp_path):
