@@ -365,6 +365,7 @@ AUGMENTATIONS: dict[str, Callable[..., Batch]] = {
 # All numbers are finite and at least 0; those of these arguments are at most this.
 _LARGEST = {
     'seed': 2**31 - 1,
+    'padding': 1024,
     'probability': 1,
     'fill': 1,
     'translate': 1,

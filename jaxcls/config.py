@@ -19,7 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxcls import registry
-from jaxcls.errors import UserError
+from jaxcls.errors import UserError, require_expression
 
 # The sections that name a factory. Their arguments are that factory's, so they may gain fields.
 _BASIC = ('model', 'loss', 'optimizer', 'schedule')
@@ -412,13 +412,7 @@ def _check_together(config: ConfigDict):
             f'config.batch_size {config.batch_size} does not divide into config.accumulate_steps '
             f'{config.accumulate_steps} equal parts; choose a multiple of {config.accumulate_steps}.'
         )
-    try:
-        re.compile(config.freeze)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise UserError(
-            f'config.freeze is {config.freeze!r}, not a regular expression: {error}. '
-            "For example '^(?!head)' freezes all but the head."
-        ) from None
+    require_expression('config.freeze', config.freeze, "'^(?!head)' freezes all but the head")
     if config.warmup_epochs >= config.epochs:
         raise UserError(
             f'config.warmup_epochs {config.warmup_epochs} must be less than config.epochs '

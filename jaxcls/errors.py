@@ -1,5 +1,7 @@
 """The one exception for mistakes a user can mend, and what is said of other errors."""
 
+import re
+
 
 class UserError(Exception):
     """A mistake in a config, a path or a file, worded for the person who made it.
@@ -13,6 +15,16 @@ def require(ok: bool, field: str, value: object, expected: str):
     """Raises UserError unless `ok`: '`field` is `value`; it must be `expected`.'"""
     if not ok:
         raise UserError(f'{field} is {value!r}; it must be {expected}.')
+
+
+def require_expression(field: str, value: str, example: str):
+    """Raises UserError unless `value` is a regular expression; `example` is one and what it does."""
+    try:
+        re.compile(value)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(
+            f'{field} is {value!r}, not a regular expression: {error}. For example {example}.'
+        ) from None
 
 
 def out_of_memory(error: Exception) -> str:

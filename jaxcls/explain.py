@@ -253,8 +253,10 @@ def measure(
 
 
 def _boxes(data, split: str, seed: int, loaded: datasets.Split, rows) -> np.ndarray | None:
-    """Of some examples, as the network sees them, [N, 4]; None where the data set has none."""
-    boxes = None if data.classes else datasets.load_boxes(data.name, split, data.dir, seed)
+    """Of some examples, as the network sees them, [N, 4]; None where there are none for all of the data."""
+    drawn = data.per_class or data.imbalance > 1 or data.share < 1
+    part = data.classes or (split == data.train and drawn)
+    boxes = None if part else datasets.load_boxes(data.name, split, data.dir, seed)
     if boxes is None or not data.image_size:
         return boxes if boxes is None else boxes[rows]
     sizes = [datasets.size_of(loaded.source[int(row)][0]) for row in rows]

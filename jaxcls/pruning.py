@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from jaxcls import optimizers, registry
-from jaxcls.errors import UserError, require
+from jaxcls.errors import UserError, require, require_expression
 
 Params = Any
 
@@ -63,6 +63,7 @@ def magnitude(
     )
     require(every >= 1, 'config.pruning.every', every, 'at least 1')
     masks_of = registry.lookup(SCOPES, scope, 'config.pruning.scope')
+    require_expression('config.pruning.keep', keep, "'^head' leaves the head dense")
     if not sparsity:
         return None
     first, last = round(begin * total_steps), max(round(end * total_steps), 1)

@@ -144,7 +144,7 @@ def has_checkpoints(workdir: Path) -> bool:
 
 
 def _is_foreign(path: Path) -> bool:
-    return not (path.name.startswith('.') or path.name == 'environment.json')
+    return not (path.name.startswith('.') or path.name in ('environment.json', 'data.json'))
 
 
 def start(

@@ -165,6 +165,7 @@ def test_the_same_augmentation_draws_afresh_at_another_position():
         ({'padding': 2}, "'name'"),
         ('flip', "'name'"),
         ({'name': 'pad_crop', 'padding': -1}, "'pad_crop': padding = -1"),
+        ({'name': 'pad_crop', 'padding': 2**31 - 1}, 'from 0 to 1024'),
         ({'name': 'pad_crop', 'padding': 1.5}, 'a whole number'),
         ({'name': 'pad_crop', 'padding': True}, 'a whole number'),
         ({'name': 'pad_crop', 'mode': 'mirror'}, "'constant', 'reflect'"),

@@ -103,6 +103,19 @@ def test_localisation_of_maps_that_are_right_and_wrong():
     assert explain.localisation(Bright, brightness, [image], [0], wrong)['known'] == 0.0
 
 
+@pytest.mark.parametrize(
+    ('field', 'value'), [('classes', (1, 2)), ('per_class', 3), ('imbalance', 2.0), ('share', 0.5)]
+)
+def test_boxes_are_those_of_whole_splits(field, value):
+    data, split, rows = config.get_config().data, 'test[:40]', np.arange(40)
+    data.update({'name': 'canvas', 'train': split})
+    loaded = datasets.load('canvas', split)
+    expected = datasets.load_boxes('canvas', split)
+    np.testing.assert_array_equal(explain._boxes(data, split, 0, loaded, rows), expected)
+    data[field] = value
+    assert explain._boxes(data, split, 0, loaded, rows) is None
+
+
 def test_measured_methods_beat_noise(run):
     found = explain.measure(run, ('grad_cam', 'occlusion'), examples=24)
     rows = found['methods']

@@ -155,6 +155,7 @@ def test_without_a_pruned_state_nothing_is_masked():
         ({'sparsity': 1.0}, 'config.pruning.sparsity is 1.0; it must be at least 0 and below 1'),
         ({'begin': 0.9}, 'config.pruning.begin is 0.9; it must be in'),
         ({'every': 0}, 'config.pruning.every is 0'),
+        ({'keep': '('}, r"config.pruning.keep is '\(', not a regular expression: missing"),
         ({'scope': 'layers'}, "Did you mean 'layer'"),
     ],
 )

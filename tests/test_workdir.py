@@ -229,7 +229,8 @@ def test_other_data_are_refused_with_the_differences(tmp_path):
 
 def test_a_run_that_has_not_begun_may_change_its_config(tmp_path):
     config = config_lib.get_config()
-    workdir.write_json(tmp_path / 'environment.json', {})  # killed between two files
+    for name in ('environment.json', 'data.json'):
+        workdir.write_json(tmp_path / name, {})  # killed before config.json
     workdir.start(tmp_path, config, DATA)
     config.epochs = 3.0
     workdir.start(tmp_path, config, DATA)
