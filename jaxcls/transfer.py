@@ -117,12 +117,14 @@ def few_shot(
     config = ConfigDict(run.experiment.config.to_dict())
     config_lib.apply_overrides(config, overrides, experiment_lib.TABLES)
     config.data.update(per_class=0, imbalance=1.0, share=1.0, label_noise=0.0)
+    seed = experiment_lib.resolve(config).seed
+    config.seed = run.experiment.config.seed  # what a folder without splits holds out is the run's
     config = experiment_lib.resolve(config)
     validation = experiment_lib.load_split(config, config.data.validation)
     train = experiment_lib.load_split(config, config.data.train)
     labels, names = sources.read_labels(train.source), dict(enumerate(train.class_names))
     draw = functools.partial(datasets.draw, labels, names, split=config.data.train)
-    rows = {(n, s): draw(n, config.seed + s) for n in shots for s in range(seeds)}
+    rows = {(n, s): draw(n, seed + s) for n in shots for s in range(seeds)}
     used = np.unique(np.concatenate(list(rows.values())))
     features, labels = extract(run, config, _part(train, used, labels))
     test = extract(run, config, validation)

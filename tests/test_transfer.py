@@ -254,9 +254,12 @@ def test_few_shot_draws_from_the_training_images_alone(tmp_path, monkeypatch):
         return rng.standard_normal((len(labels), 4)) + labels[:, None], labels
 
     monkeypatch.setattr(transfer, 'extract', features)
-    transfer.few_shot(tmp_path / 'run', [2, 5], 4)
+    transfer.few_shot(tmp_path / 'run', [2, 5], 2)
     train, test = seen
     assert train and test and not train & test
+    # Another seed draws others, and what the run has not seen stays apart.
+    transfer.few_shot(tmp_path / 'run', [2, 5], 2, [('seed', '7')])
+    assert seen[3] == test and seen[2] != train and not seen[2] & test
 
 
 def test_few_shot_takes_fields_of_the_data_alone(source, capsys):
