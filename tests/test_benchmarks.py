@@ -52,6 +52,38 @@ def test_the_picture_compares_with_pytorch(monkeypatch, tmp_path):
     assert (tmp_path / 'ratios.png').stat().st_size > 0
 
 
+PROGRAM = """HloModule run
+
+%fused_add (param_0: f32[8,4]) -> f32[8,4] {
+  %param_0 = f32[8,4]{1,0} parameter(0)
+  %copy.1 = f32[8,4]{1,0} copy(%param_0)
+  ROOT %add = f32[8,4]{1,0} add(%copy.1, %param_0)
+}
+
+%body (state: (bf16[2,8], u8[3], pred[])) -> (bf16[2,8], u8[3], pred[]) {
+  %state = (bf16[2,8]{1,0}, u8[3]{0}, pred[]) parameter(0)
+  %x = bf16[2,8]{1,0} get-tuple-element(%state), index=0
+  %fusion.1 = (f32[8,4]{1,0}, u8[3]{0}) fusion(%x, %x), kind=kLoop, calls=%fused_add
+  %custom = f32[5]{0} custom-call(%x), custom_call_target="__cudnn$convForward"
+  ROOT %tuple = (bf16[2,8]{1,0}, u8[3]{0}, pred[]) tuple(%x, %x, %x)
+}
+
+ENTRY %main (a: bf16[2,8]) -> bf16[2,8] {
+  %a = bf16[2,8]{1,0} parameter(0)
+  ROOT %copy.2 = bf16[2,8]{1,0} copy(%a)
+}
+"""
+
+
+def test_kernels_and_their_bytes_are_those_of_the_loop(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    program = scripts.load(BENCHMARKS / 'gpu_program.py')
+    assert program.kernels_of(PROGRAM) == [
+        ('fusion.1', 'fusion', 2 * 32, 4 * 32 + 3),
+        ('custom', '__cudnn$convForward', 32, 4 * 5),
+    ]
+
+
 def test_what_a_user_can_mend_is_a_message(tmp_path):
     script = tmp_path / 'worker.py'
     script.write_text(
