@@ -21,6 +21,8 @@ def console():
     """`main` as a program of its own: memory in large pages; a Ctrl-C that no run takes ends at once."""
     _restart_with_large_pages()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors='backslashreplace')  # of what it cannot encode
     sys.exit(main())
 
 
@@ -52,9 +54,10 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.filename is None:
+        if error.strerror is None:
             raise
-        refuse(f'{error.filename}: {error.strerror}. Check the path, its permissions and the disk.')
+        place = '' if error.filename is None else f'{error.filename}: '
+        refuse(f'{place}{error.strerror}. Check the path, its permissions and the disk.')
         return 2
     except Exception as error:
         import jax

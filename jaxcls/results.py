@@ -4,6 +4,7 @@ Nothing here builds a network: the files of a workdir are enough to compare runs
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,14 @@ class Member:
     def last_epoch(self) -> dict[str, float | None]:
         """`average` of training in the last epoch, taken while it learnt."""
         train = self.of_kind('train')
-        return average([r for r in train if r['epoch'] > train[-1]['epoch'] - 1])
+        # An epoch ends with a whole step, a little late: it is by their middle that records are of one.
+        middles = [
+            (last['epoch'] + record['epoch']) / 2
+            for last, record in itertools.pairwise([{'epoch': 0.0}, *train])
+        ]
+        found = zip(middles, train, strict=True)
+        recent = [record for middle, record in found if middle > train[-1]['epoch'] - 1]
+        return average(recent or train[-1:])
 
     def speed(self) -> float | None:
         """Images a second in training: the median, which leaves out compilation and pauses."""

@@ -57,7 +57,7 @@ def open_run(directory: str | Path, checkpoint: str = 'latest') -> Run:
     finally:
         checkpoints.close()
     if restored is None:
-        raise UserError(f'{directory} has no checkpoint yet. Train on: repeat its `jaxcls train`.')
+        raise workdir_lib.no_checkpoint(directory)
     variables = steps.evaluation_variables(restored.tree[0])
     return Run(experiment, variables, restored.step, tuple(data['class_names']), mesh)
 

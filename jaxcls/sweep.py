@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxcls import baselines, loop, results, sharding, train
 from jaxcls import config as config_lib
 from jaxcls import experiment as experiment_lib
-from jaxcls import loop, results, sharding, train
 from jaxcls import seeds as seeds_lib
 from jaxcls import workdir as workdir_lib
 from jaxcls.errors import UserError
@@ -132,7 +132,7 @@ def _claim(workdir: Path, config: ConfigDict):
     path, text = workdir / 'config.json', config_lib.to_json(config) + '\n'
     if not (path.is_file() and _grows(_read_config(workdir), config)):
         workdir_lib.check(workdir, config, experiment_lib.TABLES)
-    if not path.is_file() or path.read_text() != text:
+    if not path.is_file() or path.read_text(encoding='utf-8') != text:
         with workdir_lib.writable(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
             workdir_lib.write_text(path, text)
@@ -190,10 +190,21 @@ def settings(
     rows = [[_parse_pair(word) for word in _words(text)] for text in listed] or [[]]
     points = [[*row, *point] for row in rows for point in itertools.product(*axes)]
     names = [', '.join(f'{path}={value}' for path, value in point) or 'plain' for point in points]
-    twice = next((name for name in names if names.count(name) > 1), '')
-    if twice:
-        raise UserError(f'The setting {twice!r} is there twice; give each once.')
-    return [Setting(name, load(point)) for name, point in zip(names, points, strict=True)]
+    for name, point in zip(names, points, strict=True):
+        fields = [path for path, _ in point]
+        if twice := next((path for path in fields if fields.count(path) > 1), ''):
+            raise UserError(f'The setting {name!r} gives {twice} twice; give it once.')
+    found = [Setting(name, load(point)) for name, point in zip(names, points, strict=True)]
+    first = {}
+    for name, config in found:
+        text = config_lib.to_json(config)
+        if text in first:
+            other = f', first as {first[text]!r}' if first[text] != name else ''
+            raise UserError(f'The setting {name!r} is there twice{other}; give each once.')
+        first[text] = name
+        if experiment_lib.is_baseline(config):
+            baselines.make_baseline(config)  # a conflict is told before another is trained
+    return found
 
 
 def _parse_axis(text: str) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ _IN_WORDS = '\u200c\u200d\xa0\u3000'
 
 
 def printable(text: str, keep: str = '') -> str:
-    """The text, with escapes for what a terminal obeys, cannot encode, or turns other text round by.
+    """The text, with escapes for what a terminal obeys, or turns other text round by.
 
     Args:
       keep: characters to leave as they are, such as a newline.

@@ -100,10 +100,7 @@ def fit(
         stack.callback(checkpoints.close)
         restored = checkpoints.restore(like)
         if not restored and (workdir / 'result.json').is_file():
-            raise UserError(
-                f'{workdir} has the result of a run whose checkpoints are gone. Restore them from a copy, '
-                'or choose another --workdir.'
-            )
+            raise workdir_lib.no_checkpoint(workdir)
         step = restored.step if restored else 0
         history, dropped = workdir_lib.rewind_metrics(workdir, step)
         if dropped and not restored:

@@ -41,7 +41,7 @@ def verify(workdir: str | Path) -> list[dict[str, Any]]:
         if (directory / 'config.json').is_file():
             rows += _verify(directory)
     if not rows:
-        raise UserError(f'{workdir} has no checkpoint. Train on: repeat its `jaxcls train`.')
+        raise workdir_lib.no_checkpoint(workdir)
     return rows
 
 
@@ -145,7 +145,12 @@ def _start(file: Path, workdir: Path) -> subprocess.Popen:
 
 
 def _end(process: subprocess.Popen):
-    if process.wait():
+    try:
+        failed = process.wait()
+    except KeyboardInterrupt:
+        process.kill()
+        raise
+    if failed:
         raise UserError(
             f'A run of the config ended with status {process.returncode}; its own message is above. '
             'Mend that first.'

@@ -89,7 +89,7 @@ def write_text(path: Path, text: str):
     # Another process, which may write the same file, has its own.
     part = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.part')
     try:
-        with part.open('w') as file:
+        with part.open('w', encoding='utf-8') as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -143,6 +143,16 @@ def has_checkpoints(workdir: Path) -> bool:
     return any(path.name.isdigit() for path in workdir.glob('checkpoints/*'))
 
 
+def no_checkpoint(workdir: Path) -> UserError:
+    """What to say of a run that has none: it has not saved one yet, or it has ended and they are gone."""
+    if (workdir / 'result.json').is_file():
+        return UserError(
+            f'{workdir} has the result of a run whose checkpoints are gone. Restore them from a copy, '
+            'or choose another --workdir.'
+        )
+    return UserError(f'{workdir} has no checkpoint yet. Train on: repeat its `jaxcls train`.')
+
+
 def _is_foreign(path: Path) -> bool:
     return not (path.name.startswith('.') or path.name in ('environment.json', 'data.json'))
 
@@ -160,15 +170,17 @@ def start(
       tables: as of `check`.
 
     Raises:
-      UserError: a run of another config or other data is there, or files that are no run.
+      UserError: a run of another config or other data is there, or files that are no run; or the
+        directory cannot be written.
     """
     check(workdir, config, tables)
     if _has_begun(workdir):
         _check_data(workdir, data)
         return
-    write_json(workdir / 'environment.json', _environment())
-    write_json(workdir / 'data.json', data)
-    write_text(workdir / 'config.json', config_lib.to_json(config) + '\n')
+    with writable(workdir):
+        write_json(workdir / 'environment.json', _environment())
+        write_json(workdir / 'data.json', data)
+        write_text(workdir / 'config.json', config_lib.to_json(config) + '\n')
 
 
 def _check_data(workdir: Path, data: dict[str, Any]):
@@ -225,7 +237,7 @@ def read_json(path: Path) -> Any:
 
 def _read(path: Path, parse) -> Any:
     try:
-        return parse(path.read_text())
+        return parse(path.read_text(encoding='utf-8'))
     except (ValueError, TypeError, AttributeError, OSError) as error:
         raise UserError(f'{path} is damaged: {error}. Restore it from a copy.') from None
 
@@ -329,7 +341,7 @@ def attempt(workdir: Path, step: int) -> Iterator[Callable[[int], None]]:
         yield lambda step: None
         return
     path = workdir / '.attempts'
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text(encoding='utf-8').splitlines() if path.is_file() else []
     last = [line for line in lines if re.fullmatch(rf'{step} \d+', line)][-_DEATHS:]
     if len(last) == _DEATHS and len(set(last)) == 1:
         raise UserError(

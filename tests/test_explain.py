@@ -141,6 +141,18 @@ def test_explains_files(run, image, tmp_path, capsys):
     assert rows[0]['class'] == '7' and rows[0]['probability'] < 1
 
 
+@pytest.mark.parametrize('option', ['--picture=why.png', '--label=7'])
+def test_what_is_of_image_files_wants_some(run, option, capsys):
+    assert main.main(['explain', str(run), option]) == 2
+    assert f'{option.partition("=")[0]} is of image files' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('option', ['--examples=5', '--threshold=0.5', '--split=test'])
+def test_what_is_for_measuring_wants_none(run, image, option, capsys):
+    assert main.main(['explain', str(run), str(image), option]) == 2
+    assert f'{option.partition("=")[0]} is for measuring' in capsys.readouterr().err
+
+
 def test_an_overlay_is_a_colour_picture(run):
     image = np.full((8, 8, 1), 255, np.uint8)
     cold, hot = (explain.overlay(image, np.full((8, 8), heat, np.float32)) for heat in (0, 1))

@@ -1,6 +1,8 @@
 """The commands; the mistakes that they refuse are in `faults/mistakes.py`."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import time
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxcls import errors, main, predict, workdir
+from jaxcls import errors, evaluation, main, predict, workdir
 
 TRAIN = [
     '--config.epochs=3', '--config.model.name=mlp', '--config.model.hidden=(16,)',
@@ -52,6 +54,31 @@ def test_too_little_memory_is_told_in_one_message(tmp_path, capsys):
     message = capsys.readouterr().err
     assert message.startswith('jaxcls: There is too little memory: ')
     assert 'Out of memory allocating 400' in message and 'a smaller batch_size' in message
+
+
+def test_what_the_system_refuses_is_told_in_one_message(run, tmp_path, monkeypatch, capsys):
+    full = OSError(errno.ENOSPC, 'No space left on device')
+
+    def refuse(*_args, **_kwargs):
+        raise full
+
+    monkeypatch.setattr(evaluation, 'evaluate', refuse)
+    assert main.main(['evaluate', str(run)]) == 2
+    assert capsys.readouterr().err.startswith('jaxcls: No space left on device. Check')
+    monkeypatch.setattr(workdir.os, 'fsync', refuse)
+    assert main.main(['train', f'--workdir={tmp_path}/run', *TRAIN]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f'jaxcls: {tmp_path}/run cannot be written: No space left on device')
+    full = OSError('a mistake of ours')
+    with pytest.raises(OSError, match='a mistake of ours'):
+        main.main(['evaluate', str(run)])
+
+
+def test_what_a_terminal_cannot_encode_is_escaped():
+    script = "from jaxcls import main; main.main = lambda: print('class n\\u00f6t'); main.console()"
+    environment = {**os.environ, 'PYTHONIOENCODING': 'ascii', 'GLIBC_TUNABLES': ''}
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b'class n\\xf6t\n', b'')
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_names_of_classes_never_become_markup(tmp_path, monkeypatch):
     assert parsed.text.count(bad) > 30
 
 
-def test_the_headline_says_what_was_reached_and_whether_it_is_chance(directory):
+def test_the_headline_says_what_was_reached_and_whether_it_is_chance(directory, tmp_path):
     one, two, seeds = compare.read([directory / name for name in ('one', 'two', 'seeds')])
     assert runs.headline([one]) == (
         'lenet_small gets 98.89% of 360 test images right (95% interval 97.18% to 99.57%), '
@@ -71,6 +71,11 @@ def test_the_headline_says_what_was_reached_and_whether_it_is_chance(directory):
     assert (
         both.startswith('one is the most accurate') and 'a difference beyond chance (p = ' in both
     )
+    # One of other data was no candidate.
+    fake_runs.write(tmp_path / 'other', 200, data={'name': 'digits', 'validation': 'train'})
+    other = compare.read([tmp_path / 'other'])
+    assert runs.headline([two, one, *other]) == both
+    assert 'allowing for 3 comparisons' in runs.headline([two, one, seeds])
 
 
 def test_a_run_that_has_not_ended_is_reported_as_far_as_it_came(tmp_path, monkeypatch):

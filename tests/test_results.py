@@ -67,3 +67,14 @@ def test_what_is_no_run_and_what_has_not_ended_are_user_errors(tmp_path):
     (run / 'metrics.jsonl').unlink()
     with pytest.raises(UserError, match='has not begun'):
         results.read(run)
+
+
+def test_the_last_epoch_is_of_its_own_records():
+    def last_epoch(*epochs):
+        values = {'kind': 'train', 'examples': 10.0, 'top1': 1.0}
+        records = [{**values, 'epoch': e, 'loss': float(i)} for i, e in enumerate(epochs)]
+        return results.Member(None, None, {}, records, {}).last_epoch()['loss']
+
+    assert last_epoch(1.0244, 2.0042) == 1  # the first ends a step late
+    assert last_epoch(0.5, 1.0244, 1.5, 2.0042) == 2.5
+    assert last_epoch(0.4) == 0 and last_epoch(3.0, 6.0) == 1  # less than an epoch, and more

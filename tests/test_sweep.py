@@ -263,7 +263,10 @@ def test_settings_are_listed_ones_times_the_grid():
     [
         (['learning_rate'], [], 'not written FIELD=VALUE'),
         (['learning_rate=[]'], [], 'has no values'),
-        (['learning_rate=0.1,0.1'], [], 'there twice'),
+        (['learning_rate=0.1,0.1'], [], "'learning_rate=0.1' is there twice; give each once"),
+        (['learning_rate=0.1,0.10'], [], "twice, first as 'learning_rate=0.1'"),
+        (['epochs=1,2'], ['epochs=3'], 'gives epochs twice'),
+        (['model.name=mlp,knn'], ['epochs=2'], 'knn is fitted once'),
         (['learnin_rate=0.1'], [], 'learning_rate'),
         ([], ['learning_rate=fast'], 'must be of type float'),
         ([], ['learning_rate=-1'], 'must be more than 0'),

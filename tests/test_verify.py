@@ -28,6 +28,15 @@ def test_every_checkpoint_is_read_and_a_damaged_one_named(run, tmp_path, capsys)
     assert main.main(['verify', str(copy)]) == 2
     printed = capsys.readouterr()
     assert 'damaged:' in printed.out and '1 of 2 checkpoints are damaged' in printed.err
+    assert 'goes on from the newest' in printed.err
+    for file in copy.glob('checkpoints/*/tree/d/*'):
+        file.write_bytes(bytes(file.stat().st_size))
+    assert main.main(['verify', str(copy)]) == 2
+    assert f'2 of 2 checkpoints are damaged. None is intact in {copy}' in capsys.readouterr().err
+    shutil.rmtree(copy / 'checkpoints')
+    for command in ('verify', 'evaluate'):
+        assert main.main([command, str(copy)]) == 2
+        assert 'whose checkpoints are gone' in capsys.readouterr().err
 
 
 def test_differences_name_the_record_and_the_array(run, tmp_path):

@@ -1,5 +1,6 @@
 """`jaxcls evaluate`, `report`, `compare`, `few-shot`, `verify` and `export-weights`."""
 
+import signal
 import tempfile
 from pathlib import Path
 
@@ -187,9 +188,16 @@ def _verify_checkpoints(args):
     common.show(args, rows, lambda rows: '\n'.join(map(_verified, rows)))
     problems = [row for row in rows if row['problem']]
     if problems:
+        intact = {row['workdir'] for row in rows if not row['problem']}
+        lost = sorted({row['workdir'] for row in problems} - intact)
         raise UserError(
-            f'{len(problems)} of {len(rows)} checkpoints are damaged. Training goes on from the newest '
-            'that is intact; repeat its `jaxcls train`.'
+            f'{len(problems)} of {len(rows)} checkpoints are damaged. '
+            + (
+                f'None is intact in {", ".join(lost)}: restore it from a copy, or start anew in another '
+                '--workdir.'
+                if lost
+                else 'Training goes on from the newest that is intact; repeat its `jaxcls train`.'
+            )
         )
 
 
@@ -198,6 +206,7 @@ def _verify_resuming(args):
     common.start()
     from jaxcls import verify
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which leaves no directory behind
     with tempfile.TemporaryDirectory(prefix='jaxcls-verify-') as directory:
         found = verify.resumes(config, Path(directory))
     if found['differs']:

@@ -5,6 +5,10 @@ from pathlib import Path
 from jaxcls.commands import common
 from jaxcls.errors import UserError
 
+# What is given of image files, and to measure the methods on a split, with the defaults.
+_OF_FILES = {'label': '', 'picture': Path('explain.png')}
+_OF_A_SPLIT = {'split': '', 'examples': 50, 'threshold': 0.5}
+
 
 def _arguments(parser):
     common.add_run(parser)
@@ -17,31 +21,33 @@ def _arguments(parser):
         help='by commas: saliency, smooth_grad, integrated_gradients, occlusion, grad_cam, cam; '
         'default: all but cam, which is for networks that end with a mean',
     )
-    parser.add_argument('--label', default='', help='the class to explain; default: the predicted')
+    parser.add_argument('--label', help='the class to explain; default: the predicted')
     parser.add_argument(
         '--feature', default='', help="of grad_cam and cam, such as 'stage2'; default: the last"
     )
-    parser.add_argument(
-        '--picture', type=Path, default=Path('explain.png'), help='default explain.png'
-    )
-    parser.add_argument(
-        '--split', default='', help="to measure on; default: the run's validation split"
-    )
-    parser.add_argument('--examples', type=int, default=50, help='to measure on; default 50')
+    parser.add_argument('--picture', type=Path, help='of image files; default explain.png')
+    parser.add_argument('--split', help="to measure on; default: the run's validation split")
+    parser.add_argument('--examples', type=int, help='to measure on; default 50')
     parser.add_argument(
         '--threshold',
         type=float,
-        default=0.5,
         help='share of the maximum of a map from which on its box has it; default 0.5',
     )
     common.add_json(parser)
 
 
 def _run(args) -> int:
-    if args.images and args.split:
-        raise UserError('--split is for measuring: leave it out, or the image files.')
-    if args.label and not args.images:
-        raise UserError('--label is of image files: give some, or leave it out.')
+    read, unread = (_OF_FILES, _OF_A_SPLIT) if args.images else (_OF_A_SPLIT, _OF_FILES)
+    for name in unread:
+        if getattr(args, name) is not None:
+            raise UserError(
+                f'--{name} is for measuring: leave it out, or the image files.'
+                if args.images
+                else f'--{name} is of image files: give some, or leave it out.'
+            )
+    for name, default in read.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     common.start()
     from jaxcls import explain, pictures
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from jaxcls.commands import common
-from jaxcls.errors import UserError
+from jaxcls.errors import require
 from jaxcls.terminal import say
 
 
@@ -52,8 +52,7 @@ def _data_arguments(parser):
 
 
 def _run_data(args) -> int:
-    if args.samples < 1:
-        raise UserError(f'--samples is {args.samples}; it must be at least 1.')
+    require(1 <= args.samples <= 1000, '--samples', args.samples, 'at least 1 and at most 1000')
     config = common.load_config(args)
     common.start()
     from jaxcls import inspection, pictures

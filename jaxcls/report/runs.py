@@ -1,6 +1,6 @@
 """`jaxcls report`: finished runs as one HTML file, with its pictures beside it."""
 
-import math
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -96,7 +96,8 @@ def headline(groups: Sequence[Group]) -> str:
     tested = significance.difference(best, second)
     if not tested:
         return f'{answer}.'
-    pairs = math.comb(len(ended), 2)  # the two were chosen among them
+    # The two were chosen among those that can be compared.
+    pairs = sum(bool(significance.difference(*two)) for two in itertools.combinations(ended, 2))
     p = min(1.0, tested[-1] * pairs)
     said = 'a difference beyond chance' if p < 0.05 else 'which may be chance'
     allowed = f', allowing for {pairs} comparisons' if pairs > 1 else ''

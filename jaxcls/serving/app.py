@@ -248,7 +248,7 @@ def _integer(request: Request, name: str, low: int, high: int, default: int | No
 
 
 def _asset(name: str, kind: str):
-    text = (_TEMPLATES / name).read_text()
+    text = (_TEMPLATES / name).read_text(encoding='utf-8')
     return lambda _request: Response(text, media_type=kind)
 
 

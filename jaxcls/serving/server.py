@@ -63,8 +63,9 @@ def bind(host: str, port: int) -> socket.socket:
         bound.bind((host, port))
     except (OSError, OverflowError) as error:
         bound.close()
+        reason = str(error).rstrip('.')
         raise UserError(
-            f'{host}:{port} cannot be had: {error}. Choose another --host or --port; 0 takes a free one.'
+            f'{host}:{port} cannot be had: {reason}. Choose another --host or --port; 0 takes a free one.'
         ) from None
     return bound
 
