@@ -6,7 +6,7 @@ Milliseconds of one step of all seeds, each with its own batch, interleaved; and
 another, with its spread. On an accelerator a program has ten steps. Spread: every device has its share of
 the seeds, unrolled; on CPU there is one virtual device per core. `seeds.per_program` takes one at a time on
 CPU because of this table; elsewhere all together: on an H200 eight LeNet-5 take 1.10 ms by `vmap` and 4.00
-one after another (before the last change of `models/bands.py`). ResNet-20 as a whole was not measured there.
+one after another (before the last changes of `models/bands.py`). ResNet-20 as a whole was not measured there.
 """
 
 import argparse
