@@ -188,7 +188,7 @@ def fit_together(
             checkpoints=checkpoints,
             own=own,
             events=loop.Events.of(experiment, feed),
-            clock=loop.Clock(histories[0], int(examples.max()), len(members)),
+            clock=loop.Clock(max(histories, key=len), int(examples.max()), len(members)),
             on_event=on_event,
             histories=histories,
             writers=[loop.tensorboard(place, restored, stack) for _, place in members],

@@ -7,7 +7,7 @@ XLA compiles for a device that is described to it, here an H200, on a machine th
 that comes out tells how often a step goes over memory. Of ResNet-18 in bfloat16 the program that an H200
 compiled itself had as many kernels, 480, and its fusions moved the same bytes, 13.46 GB: so forms of a layer
 are compared in half a minute, and a GPU is wanted for times alone. Not as on the card are the algorithms of
-cuDNN and cuBLAS, which are chosen there by timing; what convolutions and products move is not counted.
+cuDNN and cuBLAS, which are chosen there by timing; what their kernels move is not counted.
 
 A line gives the kernels of a step, how many of them are XLA's own (fusions), the GB that those read and
 write, and the GB that the program holds besides its arguments.
