@@ -302,16 +302,24 @@ def divergence(
     step: int,
     bad_in_a_row: int,
     history: list[dict[str, Any]],
-    checkpoints: workdir_lib.Checkpoints,
+    checkpoints: workdir_lib.Checkpoints | None = None,
 ) -> str:
-    """The message after `config.max_bad_steps` non-finite steps in a row; '' before."""
+    """The message after `config.max_bad_steps` non-finite steps in a row; '' before.
+
+    Args:
+      checkpoints: of the run; None where it shares them with others.
+    """
     limit = experiment.config.max_bad_steps
     if bad_in_a_row < limit:
         return ''
-    checkpoints.wait()
-    saved = checkpoints.manager.latest_step()
-    place = checkpoints.directory.parent
-    kept = 'There is no checkpoint yet' if saved is None else f'Step {saved} is saved in {place}'
+    kept = 'The other seeds of its program go on without it'
+    if checkpoints:
+        checkpoints.wait()
+        saved = checkpoints.manager.latest_step()
+        place = checkpoints.directory.parent
+        kept = (
+            'There is no checkpoint yet' if saved is None else f'Step {saved} is saved in {place}'
+        )
     good = [r for r in history if r['kind'] == 'train' and r['loss'] is not None]
     last = (
         f'the last finite loss is {good[-1]["loss"]:.4g}, logged at step {good[-1]["step"]}'

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from pathlib import Path
 
 from jaxcls.commands import COMMANDS, TRAIN_HELP
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args)
     except UserError as error:
         refuse(error)
+        _leave_soon(2)
         return 2
     except KeyboardInterrupt:
         refuse('stopped.')
@@ -73,6 +75,15 @@ def main(argv: list[str] | None = None) -> int:
         if jax.process_count() > 1:
             os._exit(status)  # a plain exit waits for the others
         return status
+
+
+def _leave_soon(status: int):
+    """One of several processes waits as it exits for the others, which may wait for it: not for long."""
+    jax = sys.modules.get('jax')
+    if jax and jax.distributed.is_initialized():
+        timer = threading.Timer(10, os._exit, [status])
+        timer.daemon = True
+        timer.start()
 
 
 class _Parser(argparse.ArgumentParser):

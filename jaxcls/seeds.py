@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -117,7 +118,6 @@ class _Many(NamedTuple):
     experiment: experiment_lib.Experiment
     evaluator: evaluation.Evaluator
     checkpoints: workdir_lib.Checkpoints
-    own: list[workdir_lib.Checkpoints]  # of each: its best step, and at the end the last
     events: loop.Events
     clock: loop.Clock
     on_event: loop.OnEvent
@@ -162,11 +162,9 @@ def fit_together(
                 workdir_lib.start(place, member, data, experiment_lib.TABLES)
 
         sharding.on_first_process(claim)
-        places = [directory, *(place for _, place in members)]
-        checkpoints, *own = (workdir_lib.Checkpoints(p, config.keep_checkpoints) for p in places)
-        for each in (checkpoints, *own):
-            stack.callback(each.close)
-        restored = checkpoints.restore(like)
+        checkpoints = workdir_lib.Checkpoints(directory, config.keep_checkpoints)
+        stack.callback(checkpoints.close)
+        restored = checkpoints.restore((*like, like[0]))
         step = restored.step if restored else 0
         sharding.on_first_process(lambda: _rewind_notes(members, step))
         rewound = [workdir_lib.rewind_metrics(place, step) for _, place in members]
@@ -174,9 +172,11 @@ def fit_together(
         if dropped and not restored:
             on_event({'kind': 'restart', 'workdir': directory, 'dropped': dropped})
         zeros = loop.make_zeros(like[1])
-        tree = (
-            restored.tree if restored else (_initial_state(experiment, configs, like[0]), zeros())
-        )
+        if restored:
+            *tree, best = restored.tree
+        else:
+            tree = _initial_state(experiment, configs, like[0]), zeros()
+            best = jax.tree.map(jnp.copy, tree[0])
         examples = jax.device_get(tree[1]['examples'])
         order = functools.partial(orders, [experiment.order(c.seed) for c in configs])
         feed = pipeline.resident(reader, order, mesh)
@@ -186,7 +186,6 @@ def fit_together(
             experiment=experiment,
             evaluator=evaluation.make_evaluator(experiment, validation, mesh, many=True),
             checkpoints=checkpoints,
-            own=own,
             events=loop.Events.of(experiment, feed),
             clock=loop.Clock(max(histories, key=len), int(examples.max()), len(members)),
             on_event=on_event,
@@ -196,7 +195,7 @@ def fit_together(
         )
         on_event({'kind': 'together', 'step': step, 'run': many})
         begin_step = stack.enter_context(workdir_lib.attempt(directory, step))
-        stopped = _train(many, tree, step, feed, like, zeros, begin_step, until_epoch)
+        stopped = _train(many, tree, best, step, feed, like, zeros, begin_step, until_epoch)
     if stopped == 'done' and jax.process_index() == 0:
         shutil.rmtree(directory, ignore_errors=True)
     return stopped
@@ -231,10 +230,21 @@ def _initial_state(experiment, configs: list[ConfigDict], like) -> steps.TrainSt
     return jax.jit(init, out_shardings=places)(seeds)
 
 
+@functools.partial(jax.jit, donate_argnums=2)
+def _better(chosen, state, best):
+    """Of each seed the state if it is chosen, or else the best so far."""
+
+    def of_leaf(new, old):
+        return jnp.where(chosen.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    return jax.tree.map(of_leaf, state, best)
+
+
 def _train(
-    many: _Many, tree, step: int, feed, like, zeros, begin_step: Callable, until_epoch: float
+    many: _Many, tree, best, step: int, feed, like, zeros, begin_step: Callable, until_epoch: float
 ) -> str:
-    evaluated, best = None, set()  # places whose last validation is their best
+    """Args: `best`, the state of each seed at its best validation, which is saved with the tree."""
+    evaluated = None
 
     def log(step, state, totals):
         totals, bad = jax.device_get((totals, state.bad_steps))
@@ -245,9 +255,7 @@ def _train(
             )
             _write(many, i, record)
             # It stays where it was; the others go on until none is left.
-            message = loop.divergence(
-                many.experiment, step, int(bad[i]), many.histories[i], many.checkpoints
-            )
+            message = loop.divergence(many.experiment, step, int(bad[i]), many.histories[i])
             if message:
                 many.diverged.add(i)
                 if jax.process_index() == 0:
@@ -257,27 +265,24 @@ def _train(
             raise loop.Diverged(message)
 
     def validate(step, state):
-        nonlocal evaluated
+        nonlocal evaluated, best
         with many.clock.pause():
             evaluated = _evaluate(many, state)
             sums = jax.device_get(evaluated.sums)
         for i in _alive(many):
             summary = metrics.summarize(_at(sums, i))
             _write(many, i, loop.validation_record(many.experiment, step, many.clock, summary))
-            if loop.is_best(many.histories[i]):
-                best.add(i)
-        return False, bool(best)
+        alive = set(_alive(many))
+        chosen = [i in alive and loop.is_best(many.histories[i]) for i in range(len(many.members))]
+        best = _better(np.array(chosen), state, best)
+        return False, False
 
     def save(step, tree):
         with many.clock.pause():
-            many.checkpoints.save(step, tree)
-            for i in best:
-                _save(many, i, step, tree)
-            best.clear()
+            many.checkpoints.save(step, (*tree, best))
 
     def progress(step):
-        for each in (many.checkpoints, *many.own):
-            each.check()
+        many.checkpoints.check()
         many.on_event({'kind': 'progress', 'step': step})
 
     advance = loop.make_advance(
@@ -289,18 +294,12 @@ def _train(
     state, stopped = loop.drive(tree, step, until, many.events, advance, zeros, hooks)
     if stopped == 'done':
         evaluated = evaluated or _evaluate(many, state)
-        _finish(many, state, zeros(), evaluated)
+        _finish(many, best, state, zeros(), evaluated)
     return stopped
 
 
 def _evaluate(many: _Many, state: steps.TrainState) -> evaluation.Evaluation:
     return many.evaluator(jax.vmap(steps.evaluation_variables)(state))
-
-
-def _save(many: _Many, i: int, step: int, tree):
-    """Saves a seed's part of (state, totals) as a run's own, after a validation."""
-    if step not in many.own[i].manager.all_steps():
-        many.own[i].save(step, _at(tree, i), {'top1': many.histories[i][-1]['top1']})
 
 
 def _alive(many: _Many) -> list[int]:
@@ -319,14 +318,21 @@ def _write(many: _Many, i: int, record: dict[str, Any]):
     loop.write(many.members[i][1], many.writers[i], record)
 
 
-def _finish(many: _Many, state: steps.TrainState, totals, evaluated: evaluation.Evaluation):
-    """Gives each seed its own checkpoint and result: from here on it is a run like any other."""
+def _finish(many: _Many, best, state, totals, evaluated: evaluation.Evaluation):
+    """Gives each seed its own checkpoints and result: from here on it is a run like any other."""
+    ended = [(place / 'result.json').is_file() for _, place in many.members]
+    sharding.on_first_process(lambda: None)  # before one is written, all have looked
     for i in _alive(many):
-        _, place = many.members[i]
-        if (place / 'result.json').is_file():
+        if ended[i]:
             continue
-        _save(many, i, many.experiment.total_steps, (state, totals))
-        many.own[i].wait()
+        config, place = many.members[i]
+        scores = {r['step']: r['top1'] for r in many.histories[i] if r['kind'] == 'validation'}
+        with contextlib.closing(workdir_lib.Checkpoints(place, config.keep_checkpoints)) as own:
+            for one in (_at(best, i), _at(state, i)):
+                step = int(one.step)
+                if step not in own.manager.all_steps():
+                    own.save(step, (one, _at(totals, i)), {'top1': scores[step]})
+                    own.wait()
 
         def write(place=place, i=i):
             cost = inspection.cost(many.experiment, _at(state, i))

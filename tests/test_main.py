@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -72,6 +73,16 @@ def test_what_the_system_refuses_is_told_in_one_message(run, tmp_path, monkeypat
     full = OSError('a mistake of ours')
     with pytest.raises(OSError, match='a mistake of ours'):
         main.main(['evaluate', str(run)])
+
+
+def test_one_of_several_processes_does_not_wait_for_the_others_at_its_end(monkeypatch, capsys):
+    timers = []
+    monkeypatch.setattr(main.threading, 'Timer', lambda *args: timers.append(args) or mock.Mock())
+    assert main.main(['predict', 'nowhere', 'no.png']) == 2
+    assert timers == []
+    monkeypatch.setattr('jax.distributed.is_initialized', lambda: True)
+    assert main.main(['predict', 'nowhere', 'no.png']) == 2
+    assert timers == [(10, os._exit, [2])]
 
 
 def test_what_a_terminal_cannot_encode_is_escaped():

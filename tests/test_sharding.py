@@ -84,10 +84,11 @@ def run_two_processes(directory, *pipelines):
 
 
 def test_two_processes_give_the_losses_of_one(one, tmp_path):
-    statuses, errors = run_two_processes(tmp_path, 'resident', 'stream')
+    statuses, errors = run_two_processes(tmp_path, 'resident', 'stream', 'seeds')
     assert statuses == [0, 0], errors
-    for pipeline in ('resident', 'stream'):
+    for pipeline in ('resident', 'stream', 'seeds/seed-0'):
         np.testing.assert_allclose(losses(tmp_path / pipeline), losses(one), rtol=1e-5)
+    assert (tmp_path / 'seeds' / 'result.json').is_file()
 
 
 def test_a_mistake_that_one_process_finds_ends_both(tmp_path):

@@ -128,6 +128,7 @@ def test_of_seeds_in_one_program_one_may_diverge(tmp_path, monkeypatch):
     outcome = sweep.fit_seeds(config, tmp_path / 'run')
     ended, lost = outcome.group.members
     assert ended.result and not lost.result and 'Stopped at step' in lost.diverged
+    assert 'The other seeds of its program go on' in lost.diverged
     assert outcome.values('top1') == [ended.result['top1']]
 
 

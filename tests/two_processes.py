@@ -2,7 +2,7 @@
 
 import sys
 
-from jaxcls import UserError, fit, predictions, results, sharding
+from jaxcls import UserError, predictions, results, sharding, sweep
 
 sharding.start_processes()
 # What takes seconds at the end of a run, most of them to import packages.
@@ -15,9 +15,12 @@ if __name__ == '__main__':
     directory, *pipelines = sys.argv[1:]
     for pipeline in pipelines:
         run = config()
-        run.data.pipeline = pipeline
+        if pipeline == 'seeds':
+            run.update(seeds=2, seeds_per_program=2)
+        else:
+            run.data.pipeline = pipeline
         try:
-            fit(run, f'{directory}/{pipeline}')
+            sweep.fit_seeds(run, f'{directory}/{pipeline}')
         except UserError as error:
             print(error, file=sys.stderr)
             sys.exit(2)
