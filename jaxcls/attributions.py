@@ -4,6 +4,7 @@ Every method is a function of a `Network`, one image and one class, and returns 
 network is asked in batches of one size, so that all methods together compile three programs.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,7 +49,8 @@ def make_network(
 
     Args:
       forward: in evaluation mode: no image of a batch may have a say in another's logits.
-      feature: the feature of `Network.maps`; '' is the last that has rows and columns.
+      feature: the feature of `Network.maps`; '' is the last that has rows and columns, all of which have
+        a say: of a transformer that reads the class token alone, its last block's have none.
       maps: whether they will be asked for; a network without such a feature has none.
 
     Raises:
@@ -56,8 +58,6 @@ def make_network(
     """
     size = 16 if np.prod(image_shape) <= 64 * 64 * 3 else 4
     abstract = jax.ShapeDtypeStruct((size, *image_shape), jnp.float32)
-    if maps or feature:
-        feature = _find_feature(forward, variables, abstract, feature)
 
     def logit_sum(variables, images, label):
         logits = forward(variables, images)[0]
@@ -65,11 +65,17 @@ def make_network(
 
     logits = jax.jit(lambda variables, images: forward(variables, images)[0])
     gradients = jax.jit(jax.grad(logit_sum, argnums=1))
-    of_feature = jax.jit(
-        lambda variables, images, label: _feature_gradient(
-            forward, variables, images, label, feature
-        )
-    )
+    of_feature = jax.jit(functools.partial(_feature_gradient, forward), static_argnums=3)
+    if maps or feature:
+
+        def has_a_say(name):
+            images = np.random.default_rng(0).random(abstract.shape, np.float32)
+            return bool(np.any(of_feature(variables, images, np.int32(0), name)[1]))
+
+        feature = _find_feature(forward, variables, abstract, feature, has_a_say)
+
+    def maps_of_feature(variables, images, label):
+        return of_feature(variables, images, label, feature)
 
     def ask(function, images, *label):
         label = [np.int32(value) for value in label]
@@ -85,12 +91,14 @@ def make_network(
     return Network(
         lambda images: ask(logits, images),
         lambda images, label: ask(gradients, images, label),
-        lambda images, label: ask(of_feature, images, label),
+        lambda images, label: ask(maps_of_feature, images, label),
         np.asarray(variables['params']['head']['kernel'], np.float32),
     )
 
 
-def _find_feature(forward: Forward, variables, images, feature: str) -> str:
+def _find_feature(
+    forward: Forward, variables, images, feature: str, has_a_say: Callable[[str], bool]
+) -> str:
     order = []  # a traced dict comes back sorted
 
     def traced(variables, images):
@@ -101,6 +109,11 @@ def _find_feature(forward: Forward, variables, images, feature: str) -> str:
     shapes = {name: leaf.shape for name, leaf in jax.eval_shape(traced, variables, images).items()}
     spatial = [name for name in order if _grid(shapes[name])]
     if feature in spatial:
+        if len(shapes[feature]) == 3 and not has_a_say(feature):
+            raise UserError(
+                f'--feature={feature!r} has rows and columns, and none has a say: the head reads the class '
+                'token alone. Take an earlier one, or leave --feature out.'
+            )
         return feature
     if feature:
         raise UserError(
@@ -112,7 +125,8 @@ def _find_feature(forward: Forward, variables, images, feature: str) -> str:
             'The network has no feature with rows and columns, which Grad-CAM needs. Take another '
             f'method: {", ".join(name for name in METHODS if name not in OF_FEATURES)}.'
         )
-    return spatial[-1]
+    # Of images the last is read as a whole, of tokens maybe the class's alone.
+    return next((f for f in spatial[::-1] if len(shapes[f]) == 4 or has_a_say(f)), spatial[-1])
 
 
 def _grid(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -316,8 +330,8 @@ OF_FEATURES = ('grad_cam', 'cam')  # the others need no rows and columns of a fe
 def heat_map(attribution: np.ndarray) -> np.ndarray:
     """float32 [H, W] in [0, 1]: what speaks for the class, relative to the most that does.
 
-    Channels are summed. What speaks against it is 0.
+    Channels are summed. What speaks against it is 0, and so is NaN.
     """
     attribution = attribution.sum(-1) if attribution.ndim == 3 else attribution
-    positive = np.maximum(attribution, 0)
+    positive = np.maximum(np.nan_to_num(attribution), 0)
     return np.float32(positive / max(float(positive.max()), 1e-12))

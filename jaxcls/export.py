@@ -144,12 +144,17 @@ def _examples(run: runs.Run, count: int) -> np.ndarray:
 def _difference(function: Callable, exported: Callable, examples: np.ndarray) -> float:
     """The largest difference over the largest value, for all examples at once and the first alone."""
     ours = np.asarray(jax.jit(function)(examples))
+    if not np.isfinite(ours).all():
+        raise UserError(
+            'What the run itself makes of its images is not finite: did it diverge? Export another run or '
+            '--checkpoint.'
+        )
     theirs = exported(examples)
     alone = exported(examples[:1])
     if theirs.shape != ours.shape or alone.shape != ours[:1].shape:
         return float('inf')
     gap = max(np.abs(theirs - ours).max(), np.abs(alone - ours[:1]).max())
-    return float(gap / np.abs(ours).max())
+    return float(gap / max(np.abs(ours).max(), np.finfo(np.float32).tiny))
 
 
 def _program(function, image_shape, platforms):

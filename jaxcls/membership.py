@@ -63,20 +63,22 @@ def confidence(logits: np.ndarray, label: np.ndarray) -> np.ndarray:
     """`log p - log(1 - p)` of the true class: logits [N, K], label int [N] -> float64 [N].
 
     About normal over networks, where p itself is not (Carlini et al., section V). It falls where the
-    loss rises, so a threshold on either is the same attack.
+    loss rises, so a threshold on either is the same attack. Logits that are not finite are certain and wrong.
     """
     logits = np.asarray(logits, np.float64)
+    finite = np.isfinite(logits).all(1)
+    logits = np.where(finite[:, None], logits, 0.0)
     own = np.arange(logits.shape[1]) == label[:, None]
     others = logsumexp(np.where(own, -np.inf, logits), axis=1)
-    return np.clip(logits[own] - others, -1e6, 1e6)
+    return np.where(finite, np.clip(logits[own] - others, -1e6, 1e6), -1e6)
 
 
 def likelihood_ratio(confidences: np.ndarray, member: np.ndarray, target: int) -> np.ndarray:
     """The online attack on one of S networks, the others being its shadows: float64 [N].
 
-    `log N(c; those that had the example) - log N(c; those that had not)`. With fewer than 64 of either,
-    the two variances are those of all examples together. What no shadow had, or all had, is judged by
-    the mean difference over the other examples.
+    `log N(c; those that had the example) - log N(c; those that had not)`. With fewer than 64 of one side
+    for any example, that side's variance is that of all examples together. What no shadow had, or all
+    had, is judged by the mean difference over the other examples.
 
     Args:
       confidences: [S, N].

@@ -45,11 +45,13 @@ class Graph:
         data = value.data if isinstance(value, Tensor) else value
         if isinstance(data, str):
             return data
+        shown = np.asarray(data)
+        shown = shown.astype(np.float32) if shown.dtype == jnp.bfloat16 else shown
         if id(data) not in self._names:
             from onnx import numpy_helper
 
             name = f'c{len(self.constants)}'
-            self.constants.append(numpy_helper.from_array(np.asarray(data), name))
+            self.constants.append(numpy_helper.from_array(shown, name))
             self._names[id(data)] = name, data  # kept, so that no other gets its id
         return self._names[id(data)][0]
 
@@ -126,6 +128,8 @@ def _dimension(d) -> int | str:
 def _onnx_type(dtype) -> int:
     from onnx import helper
 
+    # Runtimes for CPUs have no convolutions in bfloat16.
+    dtype = np.float32 if dtype == jnp.bfloat16 else dtype
     return helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
 
 

@@ -122,6 +122,9 @@ def dp_sgd(
         _require_library()
         clip = clip_norm or math.inf
         if not (noise_multiplier or epsilon):
+            parts = not microbatch or batch_size % microbatch == 0
+            expected = f'a divisor of config.batch_size={batch_size} where there is no noise'
+            require(parts, 'config.privacy.microbatch', microbatch, expected)
             return Plan(clip, 0.0, delta, examples, batch_size, batch_size, steps, microbatch)
         if batch_size > examples or delta >= 1 / examples:
             raise UserError(

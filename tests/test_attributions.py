@@ -1,5 +1,7 @@
 """Attributions against Captum on the same weights, and the laws that they keep."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,13 +154,33 @@ def test_a_feature_on_the_way_has_the_gradient_that_a_finite_difference_finds(na
     head['kernel'] = jax.random.normal(jax.random.key(1), head['kernel'].shape)
     network = attributions.make_network(apply, variables, (8, 8, 1))
     activation, gradient = network.maps(image, 1)
-    assert activation.shape == gradient.shape and activation.ndim == 4
+    assert activation.shape == gradient.shape and activation.ndim == 4 and gradient.any()
     # The logit moves with the image as its gradient by the feature times the feature's move says.
     moved = image + 1e-3 * np.random.default_rng(4).standard_normal(image.shape).astype(np.float32)
     expected = np.sum(gradient * (network.maps(moved, 1)[0] - activation))
     difference = network.logits(moved)[0, 1] - network.logits(image)[0, 1]
     if name == 'lenet_small':  # all of the logit's way leads through it
         np.testing.assert_allclose(expected, difference, rtol=0.03, atol=1e-6)
+
+
+def test_a_transformers_feature_is_one_whose_patches_have_a_say():
+    def made(feature='', **fields):
+        model = make_model('vit_ti16', num_classes=3, **{**SMALL['vit_ti16'], 'depth': 2, **fields})
+        variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+        apply = functools.partial(model.apply, train=False)
+        network = attributions.make_network(apply, variables, (8, 8, 1), feature)
+        return network.maps(np.ones((1, 8, 8, 1), np.float32), 1)
+
+    # The head reads the class token, which the last block reads the patches of the first for.
+    for a, b in ((made(), made('block1')), (made(pooling='mean'), made('block2', pooling='mean'))):
+        assert b[1].any()
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+    with pytest.raises(UserError, match="'block2' has rows and columns, and none has a say"):
+        made('block2')
+
+
+def test_a_map_of_nan_is_one_of_nothing():
+    assert not attributions.heat_map(np.full((4, 4), np.nan, np.float32)).any()
 
 
 def test_images_are_asked_in_any_number(network):

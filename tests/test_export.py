@@ -244,6 +244,16 @@ def test_networks_are_the_same(name, shape, format, tmp_path):
     compare(network(name, shape), format, shape, tmp_path, 1e-4)
 
 
+def test_bfloat16_is_float32_in_onnx(tmp_path):
+    predict = network('lenet_small', (8, 8, 1), dtype=jnp.bfloat16)
+    compare(predict, 'onnx', (8, 8, 1), tmp_path, export.TOLERANCES['mixed'])
+
+
+def test_a_run_whose_outputs_are_not_finite_is_not_exported(images):
+    with pytest.raises(UserError, match='is not finite: did it diverge'):
+        export._difference(lambda x: x / 0.0, lambda x: x, images)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('format', ['stablehlo', 'onnx', 'tflite'])
 @pytest.mark.parametrize(

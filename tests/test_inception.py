@@ -323,6 +323,7 @@ def random_variables(model, size):
         ('inception_v3', 'width', -1.0),
         ('inception_v3', 'stem', 'deep'),
         ('inception_v3', 'aux_weight', float('nan')),
+        ('googlenet', 'width', float('inf')),
     ],
 )
 def test_fields_out_of_range_are_refused(name, field, value):

@@ -71,6 +71,8 @@ def test_confidence_is_the_log_odds_of_the_true_class():
     np.testing.assert_allclose(membership.confidence(logits, label), np.log(p / (1 - p)))
     certain = membership.confidence(np.array([[1e4, 0.0], [1e4, 0.0]]), np.array([0, 1]))
     np.testing.assert_allclose(certain, [1e4, -1e4])
+    lost = membership.confidence(np.array([[np.nan, 0.0], [0.0, np.inf]]), np.array([0, 1]))
+    np.testing.assert_array_equal(lost, [-1e6, -1e6])
 
 
 def test_areas_are_those_of_scikit_learn_and_shares_those_of_a_sort():

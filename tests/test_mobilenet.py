@@ -167,6 +167,7 @@ def test_drop_path_leaves_the_input_of_a_block():
         ({'depthwise_init': 'he'}, "Unknown depthwise_init 'he'"),
         ({'width': 0.0}, 'width is 0.0; it must be above 0'),
         ({'depth': -1.0}, 'depth is -1.0; it must be above 0'),
+        ({'width': float('inf')}, 'width is inf; it must be above 0 and finite'),
         ({'head_width': -1}, 'head_width is -1; it must be at least 0'),
         ({'final_width': 0}, 'final_width=0'),
     ],

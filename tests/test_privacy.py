@@ -338,6 +338,15 @@ def test_values_out_of_range(fields, message):
         experiment_lib.resolve(small(privacy={'name': 'dp_sgd', **fields}))
 
 
+def test_without_noise_a_batch_is_of_whole_microbatches():
+    plan = privacy.make_privacy(name='dp_sgd', epsilon=0.0, microbatch=48)
+    assert plan(1000, 96, 10).rows == 96
+    with pytest.raises(
+        UserError, match='microbatch is 48; it must be a divisor of config.batch_size=64'
+    ):
+        plan(1000, 64, 10)
+
+
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [

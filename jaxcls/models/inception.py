@@ -1,5 +1,6 @@
 """Inception networks: blocks of branches side by side. GoogLeNet (version 1) and Inception v3."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -103,8 +104,9 @@ def check(model: nn.Module, stems: Mapping[str, Any]):
     """Raises a UserError for fields out of range."""
     check_fields(model)
     lookup(stems, model.stem, 'stem')
-    require(model.width > 0, 'width', model.width, 'more than 0')
-    require(model.aux_weight >= 0, 'aux_weight', model.aux_weight, 'at least 0')
+    require(0 < model.width < math.inf, 'width', model.width, 'more than 0 and finite')
+    weight = model.aux_weight
+    require(0 <= weight < math.inf, 'aux_weight', weight, 'at least 0 and finite')
 
 
 # GoogLeNet

@@ -1,5 +1,6 @@
 """The Vision Transformer."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -122,8 +123,9 @@ class ViT(nn.Module):
         check_sizes(**{field: getattr(self, field) for field in sizes})
         divides = self.width % self.heads == 0
         require(divides, 'width', self.width, f'a multiple of heads={self.heads}')
-        wide = self.mlp_ratio * self.width >= 1
-        require(wide, 'mlp_ratio', self.mlp_ratio, f'at least 1 / width={self.width}')
+        wide = 1 <= self.mlp_ratio * self.width < math.inf
+        expected = f'at least 1 / width={self.width}, and finite'
+        require(wide, 'mlp_ratio', self.mlp_ratio, expected)
 
     @nn.compact
     def __call__(self, images, *, train: bool = False):
