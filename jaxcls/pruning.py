@@ -207,7 +207,8 @@ SCOPES: dict[str, Callable] = {
 
 
 def density(params: Params) -> tuple[int, int]:
-    """How many of the parameters are not zero, and how many there are."""
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+    """How many of the parameters are not zero, and how many there are; of int8 without the scales."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda node: hasattr(node, 'qvalue'))
+    leaves = [np.asarray(getattr(leaf, 'qvalue', leaf)) for leaf in leaves]
     count = functools.reduce(lambda n, leaf: n + int(np.count_nonzero(leaf)), leaves, 0)
     return count, sum(leaf.size for leaf in leaves)

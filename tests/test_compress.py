@@ -53,6 +53,8 @@ def test_the_table_has_a_row_for_the_original_and_each_method(run, found):
     assert rows['channels:0.5']['parameters'] == 64 * 12 + 12 + 12 * 10 + 10
     assert rows['channels:0.5']['flops'] == original['flops'] / 2
     assert rows['channels:0.5+int8']['bytes'] == 64 * 12 + 12 * 10 + 4 * (2 * 12 + 2 * 10)
+    # Some weights become 0, and scales are no parameters.
+    assert rows['channels:0.5+int8']['parameters'] <= rows['channels:0.5']['parameters']
     assert rows['channels:0.5+int8']['smaller'] > 3  # a zip's own bytes count here
     assert abs(rows['channels:0.5+int8']['top1'] - rows['channels:0.5']['top1']) < 0.02
     for name in ('magnitude:0.8', 'channels:0.5'):
