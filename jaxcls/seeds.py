@@ -1,7 +1,8 @@
 """Many seeds of a config in one program: `vmap` over the state, and over each seed's own batches.
 
 The split lies on the device once. Every seed gets the batches, the random numbers and the log that it
-has alone; only the rounding of batched products differs. Each ends as a run in its own directory.
+has alone; only the rounding of batched products differs. Its best state stays on the device beside the last.
+Each ends as a run in its own directory.
 """
 
 import contextlib
