@@ -47,8 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args)
     except UserError as error:
         refuse(error)
-        _leave_soon(2)
-        return 2
+        return _leave_soon(2)
     except KeyboardInterrupt:
         refuse('stopped.')
         return 130
@@ -60,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         place = '' if error.filename is None else f'{error.filename}: '
         refuse(f'{place}{error.strerror}. Check the path, its permissions and the disk.')
-        return 2
+        return _leave_soon(2)
     except Exception as error:
         import jax
 
@@ -77,13 +76,14 @@ def main(argv: list[str] | None = None) -> int:
         return status
 
 
-def _leave_soon(status: int):
-    """One of several processes waits as it exits for the others, which may wait for it: not for long."""
+def _leave_soon(status: int) -> int:
+    """The status. One of several processes waits as it exits for others that wait for it: not for long."""
     jax = sys.modules.get('jax')
     if jax and jax.distributed.is_initialized():
         timer = threading.Timer(10, os._exit, [status])
         timer.daemon = True
         timer.start()
+    return status
 
 
 class _Parser(argparse.ArgumentParser):

@@ -45,12 +45,11 @@ class Graph:
         data = value.data if isinstance(value, Tensor) else value
         if isinstance(data, str):
             return data
-        shown = np.asarray(data)
-        shown = shown.astype(np.float32) if shown.dtype == jnp.bfloat16 else shown
         if id(data) not in self._names:
             from onnx import numpy_helper
 
-            name = f'c{len(self.constants)}'
+            name, shown = f'c{len(self.constants)}', np.asarray(data)
+            shown = shown.astype(np.float32) if shown.dtype == jnp.bfloat16 else shown
             self.constants.append(numpy_helper.from_array(shown, name))
             self._names[id(data)] = name, data  # kept, so that no other gets its id
         return self._names[id(data)][0]

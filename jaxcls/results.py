@@ -19,6 +19,8 @@ from jaxcls import predictions as predictions_lib
 from jaxcls import workdir as workdir_lib
 from jaxcls.errors import UserError
 
+DIVERGED = 'diverged.json'  # the note of a run that was given up
+
 
 class Result(NamedTuple):
     """What training returns.
@@ -90,7 +92,7 @@ class Member:
     @property
     def diverged(self) -> str:
         """Why the run was given up, as far as it was; ''."""
-        path = self.workdir / 'diverged.json'
+        path = self.workdir / DIVERGED
         return workdir_lib.read_json(path)['message'] if path.is_file() else ''
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
@@ -101,12 +103,11 @@ class Member:
         """`average` of training in the last epoch, taken while it learnt."""
         train = self.of_kind('train')
         # An epoch ends with a whole step, a little late: it is by their middle that records are of one.
-        middles = [
-            (last['epoch'] + record['epoch']) / 2
+        recent = [
+            record
             for last, record in itertools.pairwise([{'epoch': 0.0}, *train])
+            if (last['epoch'] + record['epoch']) / 2 > train[-1]['epoch'] - 1
         ]
-        found = zip(middles, train, strict=True)
-        recent = [record for middle, record in found if middle > train[-1]['epoch'] - 1]
         return average(recent or train[-1:])
 
     def speed(self) -> float | None:

@@ -26,8 +26,6 @@ from jaxcls.models import MODELS
 
 Members = list[tuple[ConfigDict, Path]]
 
-_NOTE = 'diverged.json'  # of a run that was given up
-
 
 def per_program(config: ConfigDict) -> int:
     """How many seeds of a resolved config share a program.
@@ -192,7 +190,9 @@ def fit_together(
             on_event=on_event,
             histories=histories,
             writers=[loop.tensorboard(place, restored, stack) for _, place in members],
-            diverged={i for i, (_, place) in enumerate(members) if (place / _NOTE).is_file()},
+            diverged={
+                i for i, (_, place) in enumerate(members) if (place / results.DIVERGED).is_file()
+            },
         )
         on_event({'kind': 'together', 'step': step, 'run': many})
         begin_step = stack.enter_context(workdir_lib.attempt(directory, step))
@@ -205,7 +205,7 @@ def fit_together(
 def _rewind_notes(members: Members, step: int):
     """Removes the notes of divergence that were written after a step."""
     for _, place in members:
-        note = place / _NOTE
+        note = place / results.DIVERGED
         if note.is_file() and workdir_lib.read_json(note).get('step', 0) > step:
             note.unlink()
 
@@ -261,7 +261,7 @@ def _train(
                 many.diverged.add(i)
                 if jax.process_index() == 0:
                     note = {'message': message, 'step': step}
-                    workdir_lib.write_json(many.members[i][1] / _NOTE, note)
+                    workdir_lib.write_json(many.members[i][1] / results.DIVERGED, note)
         if not _alive(many):
             raise loop.Diverged(message)
 
@@ -270,12 +270,12 @@ def _train(
         with many.clock.pause():
             evaluated = _evaluate(many, state)
             sums = jax.device_get(evaluated.sums)
+        chosen = np.zeros(len(many.members), bool)
         for i in _alive(many):
             summary = metrics.summarize(_at(sums, i))
             _write(many, i, loop.validation_record(many.experiment, step, many.clock, summary))
-        alive = set(_alive(many))
-        chosen = [i in alive and loop.is_best(many.histories[i]) for i in range(len(many.members))]
-        best = _better(np.array(chosen), state, best)
+            chosen[i] = loop.is_best(many.histories[i])
+        best = _better(chosen, state, best)
         return False, False
 
     def save(step, tree):
@@ -327,7 +327,7 @@ def _finish(many: _Many, best, state, totals, evaluated: evaluation.Evaluation):
         if ended[i]:
             continue
         config, place = many.members[i]
-        scores = {r['step']: r['top1'] for r in many.histories[i] if r['kind'] == 'validation'}
+        scores = {r['step']: r['top1'] for r in results.of_kind(many.histories[i], 'validation')}
         with contextlib.closing(workdir_lib.Checkpoints(place, config.keep_checkpoints)) as own:
             for one in (_at(best, i), _at(state, i)):
                 step = int(one.step)

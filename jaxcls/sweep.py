@@ -152,7 +152,7 @@ def _grows(old: ConfigDict, config: ConfigDict) -> bool:
 
 def _is_over(config: ConfigDict, directory: Path) -> bool:
     """Whether a run of this config has ended there, well or badly."""
-    ended = any((directory / name).is_file() for name in ('result.json', 'diverged.json'))
+    ended = any((directory / name).is_file() for name in ('result.json', results.DIVERGED))
     return ended and not config_lib.differences(_read_config(directory), config)
 
 
@@ -166,7 +166,7 @@ def _fit(members, workdir: Path, on_event, until_epoch: float) -> str:
     except loop.Diverged as error:
         if len(members) == 1:  # several have noted it, each when it did
             [(_, directory)] = members
-            workdir_lib.write_json(directory / 'diverged.json', {'message': str(error)})
+            workdir_lib.write_json(directory / results.DIVERGED, {'message': str(error)})
         stopped = 'diverged'
     return {'early': 'done', 'diverged': 'done'}.get(stopped, stopped)
 

@@ -78,6 +78,7 @@ ENTRY %main (a: bf16[2,8]) -> bf16[2,8] {
 def test_kernels_and_their_bytes_are_those_of_the_loop(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     program = scripts.load(BENCHMARKS / 'gpu_program.py')
+    assert program.size_of('(f32[8,4]{1,0}, token[], pred[3]{0})') == 131
     assert program.kernels_of(PROGRAM) == [
         ('fusion.1', 'fusion', 2 * 32, 4 * 32 + 3),
         ('custom', '__cudnn$convForward', 32, 4 * 5),

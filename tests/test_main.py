@@ -84,6 +84,12 @@ def test_one_of_several_processes_does_not_wait_for_the_others_at_its_end(monkey
     assert main.main(['predict', 'nowhere', 'no.png']) == 2
     assert timers == [(10, os._exit, [2])]
 
+    def refuse(*_args):
+        raise OSError(errno.EIO, 'Input/output error')
+
+    monkeypatch.setattr(evaluation, 'evaluate', refuse)
+    assert main.main(['evaluate', 'nowhere']) == 2 and len(timers) == 2
+
 
 def test_what_a_terminal_cannot_encode_is_escaped():
     script = "from jaxcls import main; main.main = lambda: print('class n\\u00f6t'); main.console()"

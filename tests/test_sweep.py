@@ -116,14 +116,19 @@ def test_seeds_that_began_together_go_on_so_whoever_joins_them(tmp_path):
     assert len(outcome.values('top1')) == 3
 
 
-def test_of_seeds_in_one_program_one_may_diverge(tmp_path, monkeypatch):
+def poison(monkeypatch, place):
+    """Lets one of the seeds in a program start with weights that are not finite."""
     fresh = seeds._initial_state
 
     def poisoned(*args):
         state = fresh(*args)
-        return state.replace(params=jax.tree.map(lambda x: x.at[1].set(np.nan), state.params))
+        return state.replace(params=jax.tree.map(lambda x: x.at[place].set(np.nan), state.params))
 
     monkeypatch.setattr(seeds, '_initial_state', poisoned)
+
+
+def test_of_seeds_in_one_program_one_may_diverge(tmp_path, monkeypatch):
+    poison(monkeypatch, 1)
     config = tiny(seeds=2, seeds_per_program=2, max_bad_steps=3)
     outcome = sweep.fit_seeds(config, tmp_path / 'run')
     ended, lost = outcome.group.members
@@ -133,13 +138,7 @@ def test_of_seeds_in_one_program_one_may_diverge(tmp_path, monkeypatch):
 
 
 def test_a_divergence_is_noted_at_the_same_step_after_a_pause(tmp_path, monkeypatch):
-    fresh = seeds._initial_state
-
-    def poisoned(*args):
-        state = fresh(*args)
-        return state.replace(params=jax.tree.map(lambda x: x.at[0].set(np.nan), state.params))
-
-    monkeypatch.setattr(seeds, '_initial_state', poisoned)
+    poison(monkeypatch, 0)
     # It is given up at a log line, the end of an epoch of four steps; paused between, it is not noted yet.
     config = tiny(seeds=2, seeds_per_program=2, max_bad_steps=3)
     outcomes = []

@@ -70,7 +70,7 @@ def size_of(shape: str) -> int:
     """Bytes of 'f32[8,128]{1,0}', or of all in a tuple."""
     total = 0
     for dtype, sides in re.findall(r'(\w+)\[([\d,]*)\]', shape):
-        bits = BITS.get(dtype) or int(re.search(r'\d+', dtype)[0])
+        bits = BITS.get(dtype) or int((re.search(r'\d+', dtype) or '0')[0])  # a token has none
         total += bits * math.prod(int(side) for side in sides.split(',') if side) // 8
     return total
 
@@ -90,8 +90,8 @@ def kernels_of(text: str) -> list[Kernel]:
             kernel = Kernel(name, kind, sum(sizes.get(n, 0) for n in names), sizes[name])
             if kind in OWN or target:
                 found[computation].append(kernel)
-    fused = re.compile(r'(fused_|wrapped_)')  # what they are made of is no kernel
-    bodies = [kernels for name, kernels in found.items() if not fused.match(name)]
+    # What a fusion is made of is no kernel.
+    bodies = [k for name, k in found.items() if not name.startswith(('fused_', 'wrapped_'))]
     return max(bodies, key=len, default=[])
 
 

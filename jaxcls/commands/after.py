@@ -190,15 +190,13 @@ def _verify_checkpoints(args):
     if problems:
         intact = {row['workdir'] for row in rows if not row['problem']}
         lost = sorted({row['workdir'] for row in problems} - intact)
-        raise UserError(
-            f'{len(problems)} of {len(rows)} checkpoints are damaged. '
-            + (
+        advice = 'Training goes on from the newest that is intact; repeat its `jaxcls train`.'
+        if lost:
+            advice = (
                 f'None is intact in {", ".join(lost)}: restore it from a copy, or start anew in another '
                 '--workdir.'
-                if lost
-                else 'Training goes on from the newest that is intact; repeat its `jaxcls train`.'
             )
-        )
+        raise UserError(f'{len(problems)} of {len(rows)} checkpoints are damaged. {advice}')
 
 
 def _verify_resuming(args):

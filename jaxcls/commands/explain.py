@@ -23,7 +23,9 @@ def _arguments(parser):
     )
     parser.add_argument('--label', help='the class to explain; default: the predicted')
     parser.add_argument(
-        '--feature', default='', help="of grad_cam and cam, such as 'stage2'; default: the last"
+        '--feature',
+        default='',
+        help="of grad_cam and cam, such as 'stage2'; default: the last with a say",
     )
     parser.add_argument('--picture', type=Path, help='of image files; default explain.png')
     parser.add_argument('--split', help="to measure on; default: the run's validation split")
