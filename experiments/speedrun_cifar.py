@@ -21,11 +21,10 @@ authors' script on the same card in the same minutes, choosing among kernels of 
 (benchmarks/airbench.py): 90.68% +- 0.19 in 1.61 s (1.57 to 1.67), after 176 s. That was before max pools
 had the gradient of models/maxima.py. On 2 CPU cores, one epoch of 12,500 images in batches of 500, float32,
 two seeds: theirs 67.1 and 66.6% of 2,000 test images, ours 65.5 and 66.5%. airbench96_faster, three runs
-of each in turn on an H200: 92.92% +- 0.28 in 11.89 s +- 0.13, after 58 s; its authors' script 93.20% +- 0.05
-in 15.07 s +- 0.71, after 342 s. That was before biases decayed, rates began and the norms' statistics were
-averaged as they are there. What differs from the paper: views count alike, and probabilities are averaged,
-not logits (of one network 82.92% against 82.95%); the bias of the whitening learns to the end without Muon
-(in airbench96_faster.py too, whose switch after 3 epochs never comes).
+of each in turn on an H200: 93.08% +- 0.22 in 11.59 s +- 0.18, after 71 s; its authors' script 93.10% +- 0.43
+in 15.64 s +- 2.09, after 346 s. What differs from the paper: views count alike, and probabilities are
+averaged, not logits (of one network 82.92% against 82.95%); the bias of the whitening learns to the end
+without Muon (in airbench96_faster.py too, whose switch after 3 epochs never comes).
 As a config it is airbench94 without the additions:
 
     python -m jaxcls.main --config=experiments/speedrun_cifar.py

@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
         {
             'seed': 0,
             'seeds': 1,  # runs with seed, seed + 1, ..., each in its own directory
-            'seeds_per_program': 0,  # trained together in one program; 0: all, on CPU one by one
+            'seeds_per_program': 0,  # trained in one program; 0: all of small networks, but on CPU
             'epochs': 20.0,
             'batch_size': 64,
             'precision': 'float32',  # 'bfloat16': all of it; 'mixed': parameters stay float32

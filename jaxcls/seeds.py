@@ -26,12 +26,17 @@ from jaxcls.models import MODELS
 
 Members = list[tuple[ConfigDict, Path]]
 
+# Whose seeds an accelerator trains faster together: on an H200 eight LeNet-5 with 1,024 images each take 0.24
+# of the time of one after another. Eight ResNet-20, whose convolutions become groups, take 2.1 times as long.
+SMALL = ('linear', 'mlp', 'lenet5', 'lenet5_1998', 'lenet_small')
+
 
 def per_program(config: ConfigDict) -> int:
     """How many seeds of a resolved config share a program.
 
-    All of them, or `config.seeds_per_program`; one on CPU, whose convolutions are slow with a kernel
-    for each seed, and where something of the run is made for one network.
+    `config.seeds_per_program`; where that is 0, all of them if the network is `SMALL`, and otherwise one. So
+    it is on CPU, whose convolutions are slow with a kernel for each seed, and where something of the run is
+    made for one network.
 
     Raises:
       UserError: several are asked for and they cannot be.
@@ -44,7 +49,9 @@ def per_program(config: ConfigDict) -> int:
         )
     if config.seeds_per_program:
         return config.seeds_per_program
-    return 1 if obstacle or jax.default_backend() == 'cpu' else config.seeds
+    if obstacle or jax.default_backend() == 'cpu' or config.model.name not in SMALL:
+        return 1
+    return config.seeds
 
 
 def _obstacle(config: ConfigDict) -> str:

@@ -232,6 +232,24 @@ def test_runs_that_cannot_share_a_program_say_why(fields, tmp_path):
         sweep.fit_seeds(tiny(seeds=2, seeds_per_program=2, **fields), tmp_path / 'run')
 
 
+@pytest.mark.parametrize(
+    ('backend', 'fields', 'expected'),
+    [
+        ('gpu', {'model': {'name': 'lenet5'}}, 5),
+        ('gpu', {'model': {'name': 'resnet20'}}, 1),
+        ('gpu', {'model': {'name': 'resnet20'}, 'seeds_per_program': 2}, 2),
+        ('gpu', {'early_stopping_epochs': 2.0}, 1),
+        ('cpu', {'model': {'name': 'lenet5'}}, 1),
+    ],
+)
+def test_what_shares_a_program_is_what_was_measured_to_be_faster(
+    backend, fields, expected, monkeypatch
+):
+    config = experiment.resolve(tiny(seeds=5, **fields))
+    monkeypatch.setattr(seeds.jax, 'default_backend', lambda: backend)
+    assert seeds.per_program(config) == expected
+
+
 def test_a_run_that_diverges_is_noted_and_the_others_go_on(tmp_path):
     config = tiny(seeds=2, max_bad_steps=1, learning_rate=1e38, log_every_steps=1)
     config.optimizer = {'name': 'sgd'}

@@ -1,10 +1,10 @@
 """One convolution of many networks at once, with a kernel for each, as a batched product of matrices.
 
 Under `vmap` over networks (`seeds.py`) XLA makes groups of it, for which cuDNN has nothing fast. One H200,
-float32, a train step of eight LeNet-5 with 1,024 images each: 1.10 ms in this form, of one 0.50 (in groups it
-was 4.4 when one took 0.70). Since then the kernels' gradients are added up in parts, whose products take
-0.20 ms, and as one 0.31, and a step moves 0.1 of 2.3 GB less. ResNet-20's convolutions of 16 to 64 features
-are slower so: eight of each, with their gradients, take 10.0 ms one after another, 8.6 in groups, 12.4 here.
+float32, a train step of eight LeNet-5 with 1,024 images each: 0.92 ms in this form, of one 0.49 (in groups it
+was 4.4 when one took 0.70). ResNet-20's convolutions of 16 to 64 features are slower so: eight of each, with
+their gradients, take 10.0 ms one after another, 8.6 in groups, 12.4 here; and its whole step in groups 152,
+one after another 73.
 What a block of outputs reads is a row of a matrix, and the block's features are the columns of another: the
 kernel, once for each output, each a stride further, with zeros round it.
 """
