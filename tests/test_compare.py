@@ -49,6 +49,13 @@ def test_the_best_of_a_column_is_marked(directory):
     assert not any(cell.get('best') for cell in alone['rows'][0][1:])
 
 
+def test_of_runs_on_other_data_none_is_marked_as_the_best(directory, tmp_path):
+    fake_runs.write(tmp_path / 'other', 40, data={'name': 'digits', 'validation': 'train'})
+    table = compare.table(compare.read([directory / 'good', tmp_path / 'other']))
+    assert not [cell for row in table['rows'] for cell in row[1:] if 'best' in cell]
+    assert 'cannot be compared' in table['note'] and 'Bold' not in table['note']
+
+
 def test_training_accuracy_is_of_the_last_epoch_and_the_gap_is_less_accuracy(directory):
     row = cells(compare.table(groups(directory, 'good')), 0)
     assert row['training accuracy']['mean'] == pytest.approx(1 - 0.1 / 40)

@@ -14,7 +14,7 @@ from jaxcls import intervals, results
 from jaxcls.errors import UserError
 from jaxcls.report import page
 from jaxcls.report.page import Section
-from jaxcls.report.significance import significance
+from jaxcls.report.significance import significance, validated_on
 from jaxcls.results import Group, Member
 
 
@@ -83,12 +83,16 @@ _COSTS = (
 
 
 def table(groups: Sequence[Group]) -> Section:
-    """Accuracy and the other metrics of each run, the best of each bold; – where a run has none.
+    """Accuracy and the other metrics of each run, – where a run has none.
+
+    The best of each is bold where all were validated on the same data.
 
     Several seeds give their mean and the half-width of its 95% t-interval; one run's accuracy has
     Wilson's interval, for what the finite split leaves open.
     """
-    note = 'Bold is best. ' if len(groups) > 1 else ''
+    note = 'Bold is best. ' if _comparable(groups) else ''
+    if len(groups) > 1 and not note:
+        note = 'The runs were validated on different data: their metrics cannot be compared. '
     if any(len(group.members) > 1 for group in groups):
         note += '±: 95% t-interval over the seeds. '
     if any(len(group.members) == 1 for group in groups):
@@ -107,8 +111,9 @@ def costs(groups: Sequence[Group]) -> Section:
 
 def _section(title, note, groups, columns) -> Section:
     cells = [[_cell(group, column) for group in groups] for column in columns]
+    comparable = _comparable(groups)
     known = [
-        (column, _mark_best(row, column.best))
+        (column, _mark_best(row, column.best if comparable else None))
         for column, row in zip(columns, cells, strict=True)
         if any(math.isfinite(cell['mean']) for cell in row)
     ]
@@ -121,6 +126,11 @@ def _section(title, note, groups, columns) -> Section:
         'formats': ['text', *(column.format for column, _ in known)],
         'rows': [[_label(g), *row] for g, row in zip(groups, rows, strict=True)],
     }
+
+
+def _comparable(groups: Sequence[Group]) -> bool:
+    """Whether there are several, validated on the same data."""
+    return len(groups) > 1 and len({validated_on(group.members[0]) for group in groups}) == 1
 
 
 def _label(group: Group) -> str:

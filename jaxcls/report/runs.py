@@ -81,10 +81,20 @@ def _title(groups: Sequence[Group]) -> str:
 
 
 def headline(groups: Sequence[Group]) -> str:
-    """What a reader who stops after one sentence should know."""
+    """What a reader who stops after one sentence should know; a sentence for each data set."""
     ended = [group for group in groups if np.isfinite(group.mean('top1')[0])]
     if not ended:
         return 'No run has ended yet: only its curves are known.'
+    by_data = {}
+    for group in ended:
+        by_data.setdefault(significance.validated_on(group.members[0]), []).append(group)
+    if len(by_data) == 1:
+        return _ranking(ended)
+    return ' '.join(f'On {name}, {split}: {_ranking(e)}' for (name, split, _), e in by_data.items())
+
+
+def _ranking(ended: Sequence[Group]) -> str:
+    """Which of runs that were validated on the same data is the most accurate."""
     best, *others = sorted(ended, key=lambda group: -group.mean('top1')[0])
     if not others:
         return f'{best.config.model.name} gets {_accuracy(best)}{_effort(best)}.'

@@ -76,11 +76,18 @@ def difference(a: Group, b: Group) -> list[Any] | None:
     return [a.name, b.name, better, test, found['p_value']]
 
 
+def validated_on(member: Member) -> tuple[str, str, tuple[str, ...]]:
+    """Data set, split and classes: where they differ accuracies cannot be compared."""
+    data = member.config.data
+    return data.name, data.validation, tuple(member.data['class_names'])
+
+
 def _same_images(a: Member, b: Member) -> bool:
     """Whether both were validated on the same labels, in the same order, as far as they have them."""
-    data = [(m.config.data.name, m.config.data.validation, m.data['class_names']) for m in (a, b)]
     try:
-        return data[0] == data[1] and np.array_equal(a.predictions.label, b.predictions.label)
+        return validated_on(a) == validated_on(b) and np.array_equal(
+            a.predictions.label, b.predictions.label
+        )
     except UserError:  # a run of an older version has no predictions
         return False
 
