@@ -7,6 +7,10 @@ network is a closure `logits(image) -> [B, K]` that treats every example alone, 
 evaluation mode; every example has its own key: so neither the rest of a batch nor its padding has a say.
 Epsilon 0 returns the image itself.
 
+`fgsm` and `pgd` follow the gradient of the cross-entropy, of which float32 leaves nothing where a network is
+very sure of itself (Carlini & Wagner 2017): what they do not break there is not robust for that. `square`
+asks for no gradient.
+
 An attack is a pure step, to be repeated. `run` does so under `jit`; a caller that compiles the step
 alone may repeat it on the host, which on CPU is faster: XLA's convolutions are slow inside a loop.
 """
