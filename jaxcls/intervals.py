@@ -46,7 +46,10 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
         raise UserError('mean_interval got no values; give those of one run at least.')
     if n == 1:
         return float(values[0]), math.inf
-    return float(values.mean()), _half_width(values.std(ddof=1), n, confidence)
+    deviation = (
+        values.std(ddof=1) if np.ptp(values) else 0.0
+    )  # of equal values rounding leaves 1e-15
+    return float(values.mean()), _half_width(deviation, n, confidence)
 
 
 def _half_width(deviation: float, n: int, confidence: float) -> float:

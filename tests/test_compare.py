@@ -54,6 +54,17 @@ def test_of_runs_on_other_data_none_is_marked_as_the_best(directory, tmp_path):
     table = compare.table(compare.read([directory / 'good', tmp_path / 'other']))
     assert not [cell for row in table['rows'] for cell in row[1:] if 'best' in cell]
     assert 'cannot be compared' in table['note'] and 'Bold' not in table['note']
+    # A split may have grown since.
+    data = directory / 'good' / 'data.json'
+    (tmp_path / 'grown').mkdir()
+    for path in (directory / 'good').iterdir():
+        if path.is_file():
+            (tmp_path / 'grown' / path.name).write_bytes(path.read_bytes())
+    known = json.loads(data.read_text())
+    known['examples']['test'] = 1000
+    (tmp_path / 'grown' / 'data.json').write_text(json.dumps(known))
+    table = compare.table(compare.read([directory / 'good', tmp_path / 'grown']))
+    assert 'cannot be compared' in table['note']
 
 
 def test_training_accuracy_is_of_the_last_epoch_and_the_gap_is_less_accuracy(directory):

@@ -26,6 +26,10 @@ def test_mean_interval_equal_to_scipy():
     assert (mean - half, mean + half) == pytest.approx(expected)
 
 
+def test_equal_values_have_an_interval_of_no_width():
+    assert intervals.mean_interval([6.016] * 3)[1] == 0  # their deviation is rounded to 1e-15
+
+
 def test_intervals_of_next_to_nothing():
     assert intervals.wilson_interval(0, 0) == (0.0, 1.0)
     assert intervals.mean_interval([0.5]) == (0.5, math.inf)

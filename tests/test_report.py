@@ -77,6 +77,7 @@ def test_the_headline_says_what_was_reached_and_whether_it_is_chance(directory, 
     of_other = 'On digits, train: lenet_small gets 100.00% of 360 train images right'
     assert runs.headline([two, one, *other]).startswith(f'On digits, test: {both} {of_other}')
     assert 'allowing for 3 comparisons' in runs.headline([two, one, seeds])
+    assert runs.headline([two, two]).endswith(f'of training. {two.name} gets as many.')
 
 
 def test_a_run_that_has_not_ended_is_reported_as_far_as_it_came(tmp_path, monkeypatch):

@@ -90,7 +90,7 @@ def headline(groups: Sequence[Group]) -> str:
         by_data.setdefault(significance.validated_on(group.members[0]), []).append(group)
     if len(by_data) == 1:
         return _ranking(ended)
-    return ' '.join(f'On {name}, {split}: {_ranking(e)}' for (name, split, _), e in by_data.items())
+    return ' '.join(f'On {on[0]}, {on[1]}: {_ranking(some)}' for on, some in by_data.items())
 
 
 def _ranking(ended: Sequence[Group]) -> str:
@@ -99,6 +99,8 @@ def _ranking(ended: Sequence[Group]) -> str:
     if not others:
         return f'{best.config.model.name} gets {_accuracy(best)}{_effort(best)}.'
     second = others[0]
+    if second.mean('top1')[0] == best.mean('top1')[0]:
+        return f'{best.name} gets {_accuracy(best)}{_effort(best)}. {second.name} gets as many.'
     answer = (
         f'{best.name} is the most accurate: it gets {_accuracy(best)}{_effort(best)}. '
         f'{second.name} follows with {show(second.mean("top1")[0], "percent")}'

@@ -76,10 +76,11 @@ def difference(a: Group, b: Group) -> list[Any] | None:
     return [a.name, b.name, better, test, found['p_value']]
 
 
-def validated_on(member: Member) -> tuple[str, str, tuple[str, ...]]:
-    """Data set, split and classes: where they differ accuracies cannot be compared."""
-    data = member.config.data
-    return data.name, data.validation, tuple(member.data['class_names'])
+def validated_on(member: Member) -> tuple[str, str, tuple[str, ...], int]:
+    """Data set, split, classes and images: where they differ accuracies cannot be compared."""
+    data, known = member.config.data, member.data
+    images = known['examples'].get(data.validation, 0)
+    return data.name, data.validation, tuple(known['class_names']), images
 
 
 def _same_images(a: Member, b: Member) -> bool:
