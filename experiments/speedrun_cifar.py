@@ -414,6 +414,8 @@ def main():
     config = get_config(args.recipe, **fields)
     try:
         require(args.runs > 0, '--runs', args.runs, 'at least 1')
+        writable = not args.out or (args.out.absolute().parent.is_dir() and not args.out.is_dir())
+        require(writable, '--out', str(args.out), 'a file in a folder that exists')
         run = make_run(config, RECIPES[args.recipe], args.tta)
         print(f'{args.recipe} on {jax.devices()[0].device_kind}, {config.epochs} epochs')
         print(f'compilation and a first run: {run(0)["seconds"]:.1f} s', flush=True)

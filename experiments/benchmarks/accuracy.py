@@ -91,7 +91,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('networks', nargs='*', type=pairs.one_of(EPOCHS), default=['lenet5'])
     parser.add_argument('--pairs', type=pairs.at_least_1, default=3)
-    parser.add_argument('--target', type=float, default=None)
+    parser.add_argument('--target', type=pairs.share, default=None)
     parser.add_argument('--out', type=pairs.new_file, default=None)
     parser.add_argument('--worker', default='')
     parser.add_argument('--seed', type=int, default=0)

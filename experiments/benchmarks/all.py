@@ -73,7 +73,10 @@ def main():
     parser.add_argument('--only', nargs='+', default=SCRIPTS, choices=SCRIPTS)
     parser.add_argument('--out', type=Path, default=Path('runs/benchmarks'))
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f'--out {args.out} cannot be made: {error.strerror}; choose another folder.')
     failed = []
     for name in args.only:
         print(f'\n{name}', flush=True)

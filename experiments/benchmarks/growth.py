@@ -59,7 +59,7 @@ def measure(images: int, size: int, batch: int, devices: int, seeds: int) -> dic
     order = orders[0]
     tree = experiment_lib.initial_state(experiment, like[0])
     if seeds > 1:
-        like = seeds_lib.stack_shapes(like, seeds)
+        like = experiment_lib.stack_shapes(like, seeds)
         tree = jax.tree.map(lambda x: jax.numpy.stack([x] * seeds), tree)
         train_step = jax.vmap(train_step)
         order = functools.partial(seeds_lib.orders, orders)

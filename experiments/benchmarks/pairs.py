@@ -10,6 +10,7 @@ buffer.
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -149,9 +150,10 @@ def _line(worker: subprocess.Popen, name: str) -> str:
 
 
 def _give_up(name: str, status: int):
+    lacks = not importlib.util.find_spec('torch')
+    hint = " The peers are in the extra: pip install -e '.[bench]'." if lacks else ''
     raise SystemExit(
-        f'The worker {name!r} ended with status {status}; its own message is above. The peers are in the '
-        "extra: pip install -e '.[bench]'."
+        f'The worker {name!r} ended with status {status}; its own message is above.{hint}'
     )
 
 
@@ -171,6 +173,14 @@ def at_least_1(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
     return int(text)
+
+
+def share(text: str) -> float:
+    """The `type` of an argument that is between 0 and 1."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not between 0 and 1')
+    return value
 
 
 def new_file(text: str) -> Path:
