@@ -88,6 +88,11 @@ def compress(
       UserError: no run, an unknown method, or one that the network does not go with.
     """
     plans = [parse(method, epochs) for method in methods]
+    for path, _ in overrides:
+        if any(f'{path}.'.startswith(f'{own}.') or own.startswith(f'{path}.') for own in _OWN):
+            raise UserError(
+                f'config.{path} cannot be set: the methods, the epochs or the teacher set it. Leave it out.'
+            )
     run = runs.open_run(workdir, checkpoint)
     config = run.experiment.config
     _check(run.experiment, plans, epochs)
@@ -116,6 +121,8 @@ def compress(
 # Methods
 
 Plan = tuple[tuple[str, float], ...]
+# What the methods and the options set in the config of a run that trains.
+_OWN = ('epochs', 'seeds', 'pruning', 'quantization', 'teacher', 'model.name', 'model.init_from')
 
 
 def _magnitude(work: _Work, variant: Variant, share: float) -> Variant:

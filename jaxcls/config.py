@@ -501,7 +501,7 @@ def _tuples(value: Any, key: str = '', depth: int = 0) -> Any:
 
 def differences(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
     """The fields that differ, by dotted name, as `(old, new)`; `'absent'` where there is none."""
-    old, new = _flat(as_json(old)), _flat(as_json(new))
+    old, new = flat(as_json(old)), flat(as_json(new))
     return {
         path: (old.get(path, 'absent'), new.get(path, 'absent'))
         for path in sorted(old.keys() | new.keys())
@@ -509,14 +509,15 @@ def differences(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _flat(value: Any, path: str = '') -> dict[str, Any]:
+def flat(value: Any, path: str = '') -> dict[str, Any]:
+    """The leaves of nested dicts and of lists of dicts, by dotted name."""
     if isinstance(value, dict):
         items = [(f'{path}.{key}' if path else key, item) for key, item in value.items()]
     elif isinstance(value, list) and value and isinstance(value[0], dict):
         items = [(f'{path}[{i}]', item) for i, item in enumerate(value)]
     else:
         return {path: value}
-    return {key: leaf for name, item in items for key, leaf in _flat(item, name).items()}
+    return {key: leaf for name, item in items for key, leaf in flat(item, name).items()}
 
 
 def epoch_steps(epochs: float, examples: int, batch_size: int) -> int:

@@ -116,9 +116,11 @@ def evaluate(
     if config.seeds > 1:
         ended = [member.workdir for member in results.read(workdir).members if member.result]
         if not ended:
+            members = [member.workdir for member in results.read(workdir).members]
+            begun = [str(place) for place in members if workdir_lib.has_checkpoints(place)]
             raise UserError(
-                f'None of the {config.seeds} seeds of {workdir} has ended. Repeat its `jaxcls train`, '
-                f'or evaluate one as it is: {Path(workdir) / f"seed-{config.seed}"}.'
+                f'None of the {config.seeds} seeds of {workdir} has ended. Repeat its `jaxcls train`'
+                + (f', or evaluate one as it is: {begun[0]}.' if begun else '.')
             )
         found = [evaluate(place, split, checkpoint, tta) for place in ended]
         return {

@@ -523,6 +523,20 @@ def abstract_checkpoint(experiment: Experiment, mesh: Mesh) -> tuple[steps.Train
     return abstract, jax.tree.map(on_mesh, sums)
 
 
+def abstract_seeds(experiment: Experiment, mesh: Mesh, count: int) -> tuple:
+    """Of seeds that train in one program: as `abstract_checkpoint`, stacked, and their best states."""
+    like = stack_shapes(abstract_checkpoint(experiment, mesh), count)
+    return *like, like[0]
+
+
+def stack_shapes(like, count: int):
+    """The shapes of `count` runs' trees as one."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype, sharding=leaf.sharding),
+        like,
+    )
+
+
 def check_rows(experiment: Experiment, mesh: Mesh):
     """Raises UserError where the padded batches of `config.privacy` do not divide over the devices."""
     if experiment.private and experiment.rows % mesh.size:

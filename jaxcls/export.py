@@ -54,6 +54,12 @@ def export(
     path = Path(path)
     _check(path, format, output, images)
     run = runs.open_run(workdir, checkpoint)
+    quantized = run.experiment.config.quantization.name
+    if format != 'stablehlo' and quantized != 'none':
+        raise UserError(
+            f'{workdir} has config.quantization.name={quantized}, whose integers --format={format} cannot '
+            'hold; use --format=stablehlo.'
+        )
     write, load = FORMATS[format].write, FORMATS[format].load
     function = _function(run, output)
     examples = _examples(run, images)

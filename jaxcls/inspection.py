@@ -260,6 +260,7 @@ def describe_data(config: ConfigDict, sheet: Path, samples: int) -> dict[str, An
 
     config = experiment_lib.resolve(config)
     split = experiment_lib.load_split(config, config.data.train)
+    experiment_lib.load_split(config, config.data.validation)  # a UserError where it is not there
     reader = experiment_lib.make_reader(config, split, train=True)
     count = np.bincount(read_labels(split.source), minlength=len(split.class_names))
     figure = pictures.sheet(*_augmented(config, reader, samples))

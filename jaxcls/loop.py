@@ -312,7 +312,7 @@ def divergence(
     limit = experiment.config.max_bad_steps
     if bad_in_a_row < limit:
         return ''
-    kept = 'The other seeds of its program go on without it'
+    kept = 'The other seeds of its program go on where they have not diverged'
     if checkpoints:
         checkpoints.wait()
         saved = checkpoints.manager.latest_step()

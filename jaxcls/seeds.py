@@ -7,7 +7,6 @@ Each ends as a run in its own directory.
 
 import contextlib
 import functools
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -88,7 +87,7 @@ def programs(members: Members, workdir: Path, size: int, is_over: Callable) -> l
     Args:
       is_over: `(config, workdir) -> whether the run has ended`.
     """
-    begun = [_seeds_of(path) for path in sorted(workdir.glob('seeds-*'))]
+    begun = workdir_lib.shared_directories(workdir).values()
     chunks = [[m for m in members if m[0].seed in seeds] for seeds in begun]
     placed = {config.seed for chunk in chunks for config, _ in chunk}
     left = [m for m in members if m[0].seed not in placed and not is_over(*m)]
@@ -101,19 +100,6 @@ def programs(members: Members, workdir: Path, size: int, is_over: Callable) -> l
     chunks += [[member] for member in alone]
     open_ = [chunk for chunk in chunks if not all(is_over(*member) for member in chunk)]
     return sorted(open_, key=lambda chunk: chunk[0][0].seed)
-
-
-def _directory(members: Members, workdir: Path) -> Path:
-    """Where the checkpoints of runs of neighbouring seeds are while they train in one program."""
-    return workdir / f'seeds-{members[0][0].seed}-{members[-1][0].seed}'
-
-
-def _seeds_of(directory: Path) -> range:
-    """The seeds that train in one program there, if any."""
-    found = re.fullmatch(r'seeds-(\d+)-(\d+)', directory.name)
-    if not found or not workdir_lib.has_checkpoints(directory):
-        return range(0)
-    return range(int(found[1]), int(found[2]) + 1)
 
 
 class _Many(NamedTuple):
@@ -151,14 +137,16 @@ def fit_together(
     config, mesh = configs[0], sharding.make_mesh()
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
     reader, validation, data = experiment_lib.open_data(config)
+    workdir_lib.check_same(config, data)
     if pipeline.choose('auto', reader, train=True) != 'resident':
         raise UserError(
             'The split is too large to lie on the device; set config.seeds_per_program=1.'
         )
     experiment = experiment_lib.build_for(config, data)
     experiment_lib.check_rows(experiment, mesh)
-    like = stack_shapes(experiment_lib.abstract_checkpoint(experiment, mesh), len(members))
-    directory = _directory(members, workdir)
+    like = experiment_lib.abstract_seeds(experiment, mesh, len(members))
+    first, last = members[0][0].seed, members[-1][0].seed
+    directory = workdir_lib.shared_directory(workdir, first, last)
     with contextlib.ExitStack() as stack:
 
         def claim():
@@ -170,7 +158,7 @@ def fit_together(
         sharding.on_first_process(claim)
         checkpoints = workdir_lib.Checkpoints(directory, config.keep_checkpoints)
         stack.callback(checkpoints.close)
-        restored = checkpoints.restore((*like, like[0]))
+        restored = checkpoints.restore(like)
         step = restored.step if restored else 0
         sharding.on_first_process(lambda: _rewind_notes(members, step))
         rewound = [workdir_lib.rewind_metrics(place, step) for _, place in members]
@@ -203,7 +191,7 @@ def fit_together(
         )
         on_event({'kind': 'together', 'step': step, 'run': many})
         begin_step = stack.enter_context(workdir_lib.attempt(directory, step))
-        stopped = _train(many, tree, best, step, feed, like, zeros, begin_step, until_epoch)
+        stopped = _train(many, tree, best, step, feed, like[:2], zeros, begin_step, until_epoch)
     if stopped == 'done' and jax.process_index() == 0:
         shutil.rmtree(directory, ignore_errors=True)
     return stopped
@@ -215,14 +203,6 @@ def _rewind_notes(members: Members, step: int):
         note = place / results.DIVERGED
         if note.is_file() and workdir_lib.read_json(note).get('step', 0) > step:
             note.unlink()
-
-
-def stack_shapes(like, count: int):
-    """The shapes of `count` runs' trees as one."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype, sharding=leaf.sharding),
-        like,
-    )
 
 
 def orders(each: list[pipeline.Order], step: int) -> dict[str, np.ndarray]:

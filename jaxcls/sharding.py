@@ -85,7 +85,8 @@ def lost(error: Exception) -> str:
     When a process is lost, an operation that the others share with it fails, and they end by this
     message; or JAX notices it first, and ends them by its own and SIGABRT. Either takes seconds.
     """
-    shared = isinstance(error, jax.errors.JaxRuntimeError) or 'Gloo' in str(error)
+    told = any(word in str(error) for word in ('Gloo', 'barrier'))  # by JAX, by Orbax
+    shared = isinstance(error, jax.errors.JaxRuntimeError) or told
     if not shared or jax.process_count() == 1:
         return ''
     return (

@@ -80,6 +80,7 @@ def fit(
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
     reader, validation, data = experiment_lib.open_data(config)
+    workdir_lib.check_same(config, data)
     teacher = runs.open_teacher(config, data)
     experiment = experiment_lib.build_for(config, data, teacher)
     experiment_lib.check_rows(experiment, mesh)

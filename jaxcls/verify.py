@@ -40,19 +40,29 @@ def verify(workdir: str | Path) -> list[dict[str, Any]]:
     for directory in results.member_directories(workdir, config):
         if (directory / 'config.json').is_file():
             rows += _verify(directory)
+    for directory, seeds in workdir_lib.shared_directories(workdir).items():
+        experiment = _experiment(workdir / f'seed-{seeds[0]}')
+        like = experiment_lib.abstract_seeds(experiment, sharding.make_mesh(), len(seeds))
+        rows += _read(directory, like)
     if not rows:
         raise workdir_lib.no_checkpoint(workdir)
     return rows
 
 
 def _verify(directory: Path) -> list[dict[str, Any]]:
+    experiment = _experiment(directory)
+    workdir_lib.read_metrics(directory)
+    return _read(directory, experiment_lib.abstract_checkpoint(experiment, sharding.make_mesh()))
+
+
+def _experiment(directory: Path) -> experiment_lib.Experiment:
     config = experiment_lib.resolve(workdir_lib.read_config(directory))
     if experiment_lib.is_baseline(config):
         raise UserError(f'{directory} is a run of {config.model.name}, which has no checkpoints.')
-    data = workdir_lib.read_data(directory)
-    workdir_lib.read_metrics(directory)
-    experiment = experiment_lib.build_for(config, data)
-    like = experiment_lib.abstract_checkpoint(experiment, sharding.make_mesh())
+    return experiment_lib.build_for(config, workdir_lib.read_data(directory))
+
+
+def _read(directory: Path, like) -> list[dict[str, Any]]:
     with _opened(directory) as checkpoints:
         return [
             {

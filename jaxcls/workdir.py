@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+import reprlib
 import secrets
 import shutil
 import subprocess
@@ -118,12 +119,31 @@ def check(workdir: Path, config: ConfigDict, tables: config_lib.Tables | None = 
         )
 
 
+def check_same(config: ConfigDict, data: dict[str, Any]):
+    """Raises UserError in every one of several processes unless all have this config and these data."""
+    if jax.process_count() == 1:
+        return
+    known = {'config': config_lib.as_json(config), 'data': data}
+    text = json.dumps(config_lib.flat(known)).encode()
+    longest = multihost_utils.process_allgather(np.int32(len(text))).max()
+    texts = multihost_utils.process_allgather(np.frombuffer(text.ljust(longest), np.uint8))
+    first, *others = (json.loads(bytes(text)) for text in texts)
+    for i, other in enumerate(others, 1):
+        for field in sorted(first.keys() | other.keys()):
+            values = [reprlib.repr(each.get(field, 'absent')) for each in (first, other)]
+            if first.get(field) != other.get(field):
+                raise UserError(
+                    f'{field} is {values[0]} in the first process and {values[1]} in process {i}. Start '
+                    'all with the same config and the same data.'
+                )
+
+
 def another_config(workdir: Path, changes: dict[str, tuple[Any, Any]]) -> str:
     """The message where a directory has a run whose config differs, by `config.differences`."""
     lines = [f'  {key}: {old!r} there, {new!r} now' for key, (old, new) in changes.items()]
     return (
         f'{workdir} holds a run of a different config:\n' + '\n'.join(lines) + '\n'
-        'Choose another --workdir, or the same config to continue that run.'
+        'Choose another --workdir (of `compress`, --out), or the same config to continue that run.'
     )
 
 
@@ -141,6 +161,23 @@ def has_checkpoints(workdir: Path) -> bool:
     """Whether a run in the directory has saved a step."""
     # Orbax's directories of a save under way begin with the step, too.
     return any(path.name.isdigit() for path in workdir.glob('checkpoints/*'))
+
+
+def shared_directory(workdir: Path, first: int, last: int) -> Path:
+    """Where the checkpoints of seeds that train in one program are meanwhile, one for all of them."""
+    return workdir / f'seeds-{first}-{last}'
+
+
+def shared_directories(workdir: Path) -> dict[Path, range]:
+    """Those directories that have checkpoints, and which seeds are in them."""
+    names = {
+        path: re.fullmatch(r'seeds-(\d+)-(\d+)', path.name) for path in workdir.glob('seeds-*')
+    }
+    return {
+        path: range(int(name[1]), int(name[2]) + 1)
+        for path, name in sorted(names.items())
+        if name and has_checkpoints(path)
+    }
 
 
 def no_checkpoint(workdir: Path) -> UserError:
@@ -367,6 +404,7 @@ def attempt(workdir: Path, step: int) -> Iterator[Callable[[int], None]]:
     path.unlink(missing_ok=True)
 
 
+_SECONDS_TO_SAVE = 300  # a step, at most
 _PART = '*.orbax-checkpoint-tmp*'  # what Orbax calls a step that it has not finished
 
 
@@ -395,6 +433,8 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             enable_async_checkpointing=not read_only,
+            # Where one of several processes cannot write, the others wait for it.
+            async_options=ocp.AsyncOptions(timeout_secs=_SECONDS_TO_SAVE),
         )
         self.read_only = read_only
         self.directory = (workdir / 'checkpoints').absolute()
@@ -430,7 +470,10 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds when a disk is full
-            saved = self.manager.latest_step()
+            if jax.process_count() > 1 and 'barrier' in str(error):
+                raise  # it is another process that did not save
+            steps = [int(path.name) for path in self.directory.iterdir() if path.name.isdigit()]
+            saved = max(steps, default=None)
             kept = 'No step is saved yet.' if saved is None else f'Step {saved} is saved.'
             system = re.search(r"os_error_code='(\d+)'", str(error))  # as TensorStore has it
             reason = os.strerror(int(system[1])) if system else _first_line(error)

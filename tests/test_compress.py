@@ -97,6 +97,15 @@ def test_a_second_call_goes_on_with_the_runs_and_another_run_is_not_taken_for_it
         compress.compress(run, ['channels:0.5'], **more)
 
 
+@pytest.mark.parametrize('path', ['model.name', 'model', 'epochs', 'pruning.share', 'teacher.name'])
+def test_what_the_methods_set_cannot_be_overridden(run, path, tmp_path):
+    with pytest.raises(UserError, match=f'config.{path} cannot be set'):
+        compress.compress(
+            run, ['channels:0.5'], epochs=1.0, out=tmp_path / 'out', overrides=[(path, '1')]
+        )
+    assert not (tmp_path / 'out').exists()
+
+
 def test_without_epochs_nothing_is_written(run, tmp_path):
     made = compress.compress(
         run, ['low_rank:0.8', 'magnitude:0.5+int8'], out=tmp_path / 'runs', rounds=1

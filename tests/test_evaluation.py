@@ -17,7 +17,11 @@ def test_of_several_seeds_those_that_have_ended_count(tmp_path):
     assert found['mean']['top1']['mean'] == pytest.approx(1 - 15 / 360)
     for seed in (0, 2):
         (group / f'seed-{seed}' / 'result.json').unlink()
-    with pytest.raises(UserError, match=r'None of the 3 seeds of .*group has ended. Repeat'):
+    nothing_saved = r'None of the 3 seeds of .*group has ended. Repeat its `jaxcls train`.$'
+    with pytest.raises(UserError, match=nothing_saved):
+        evaluate(group)
+    (group / 'seed-2' / 'checkpoints' / '10').mkdir(parents=True)
+    with pytest.raises(UserError, match=r'or evaluate one as it is: .*seed-2'):
         evaluate(group)
 
 

@@ -128,6 +128,17 @@ def test_mistakes_are_named_before_the_work(tmp_path, place, more, message):
     assert (tmp_path / 'there.zip').read_text() == 'mine'
 
 
+@pytest.mark.parametrize('format', ['onnx', 'tflite'])
+def test_a_run_in_int8_is_exported_as_stablehlo_alone(run, format, tmp_path, monkeypatch):
+    quantized = runs.open_run(run)
+    c = quantized.experiment.config.copy_and_resolve_references().unlock()
+    c.quantization.name = 'int8'
+    experiment = quantized.experiment._replace(config=c)
+    monkeypatch.setattr(runs, 'open_run', lambda *args: quantized._replace(experiment=experiment))
+    with pytest.raises(UserError, match='name=int8, whose integers .* use --format=stablehlo'):
+        export.export(run, tmp_path / f'run.{format}', format)
+
+
 def test_a_file_that_differs_is_not_left(run, tmp_path, monkeypatch):
     known = export.FORMATS['stablehlo']
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxcls import errors, evaluation, main, predict, workdir
+from jaxcls import UserError, errors, evaluation, main, predict, workdir
 
 TRAIN = [
     '--config.epochs=3', '--config.model.name=mlp', '--config.model.hidden=(16,)',
@@ -89,6 +89,25 @@ def test_one_of_several_processes_does_not_wait_for_the_others_at_its_end(monkey
 
     monkeypatch.setattr(evaluation, 'evaluate', refuse)
     assert main.main(['evaluate', 'nowhere']) == 2 and len(timers) == 2
+
+
+@pytest.mark.parametrize('command', ['attack', 'compress', 'few-shot', 'export', 'serve'])
+def test_commands_for_one_process_say_so_to_several(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('jax.process_count', lambda: 2)
+    file = [str(tmp_path / 'file.zip')] if command == 'export' else []
+    with pytest.raises(
+        UserError, match='runs in one process, and this is one of 2: start it on one'
+    ):
+        args = main._parse([command, str(tmp_path), *file])
+        args.run(args)
+
+
+@pytest.mark.parametrize(('stopped', 'status'), [('SIGTERM', 143), ('done', 2)])
+def test_all_processes_end_with_the_status_of_the_run(stopped, status, monkeypatch, capsys):
+    diverged = mock.Mock(stopped=stopped, diverged=lambda: ['Stopped at step 3'])
+    monkeypatch.setattr('jaxcls.sweep.fit_seeds', lambda *args: diverged)
+    monkeypatch.setattr('jax.process_index', lambda: 1)
+    assert main.main([]) == status
 
 
 def test_what_a_terminal_cannot_encode_is_escaped():
@@ -168,6 +187,12 @@ def test_data_describes_and_draws(tmp_path, capsys):
         assert picture.width > 100
     assert main.main(['data', f'--sheet={sheet}', '--samples=1']) == 0
     assert 'split train' in capsys.readouterr().out
+
+
+def test_data_looks_for_both_splits(tmp_path, capsys):
+    argv = ['data', f'--sheet={tmp_path}/sheet.png', '--config.data.validation=val']
+    assert main.main(argv) == 2
+    assert "names the split 'val', which is not there" in capsys.readouterr().err
 
 
 def test_a_subset_is_what_every_command_speaks_of(tmp_path, image, capsys):

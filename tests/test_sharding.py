@@ -100,6 +100,15 @@ def test_a_mistake_that_one_process_finds_ends_both(tmp_path):
     assert time.monotonic() - begin < 60  # not a time-out of the other's collectives
 
 
+def test_processes_with_different_configs_do_not_train(tmp_path):
+    statuses, errors = run_two_processes(tmp_path, 'differ')
+    assert statuses == [2, 2], errors
+    rate = config().learning_rate
+    message = f'config.learning_rate is {rate} in the first process and {2 * rate} in process 1'
+    assert all(message in error for error in errors)
+    assert not (tmp_path / 'differ' / 'config.json').exists()
+
+
 def test_batches_must_divide_over_the_devices():
     mesh = sharding.make_mesh(jax.devices())
     sharding.check_batch_size(16, mesh)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxcls import config as config_lib
-from jaxcls import evaluation, experiment, fit, results, runs, seeds, sweep
+from jaxcls import evaluation, experiment, fit, results, runs, seeds, sweep, verify
 from jaxcls.errors import UserError
 
 pytestmark = pytest.mark.usefixtures('optimized')
@@ -109,6 +109,9 @@ def test_seeds_in_one_program_end_after_a_kill_between_their_results(killed, tmp
 
 def test_seeds_that_began_together_go_on_so_whoever_joins_them(tmp_path):
     sweep.fit_seeds(tiny(seeds=2, seeds_per_program=2), tmp_path / 'run', until_epoch=2)
+    [*_, row] = verify.verify(tmp_path / 'run')
+    assert row['workdir'] == str(tmp_path / 'run' / 'seeds-0-1') and row['step'] == 8
+    assert row['problem'] == '' and row['arrays'] > 0
     events = []
     outcome = sweep.fit_seeds(tiny(seeds=3, seeds_per_program=1), tmp_path / 'run', events.append)
     begun = [event for event in events if event['kind'] in ('together', 'start')]

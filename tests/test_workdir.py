@@ -176,6 +176,24 @@ def test_a_record_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     assert (tmp_path / 'metrics.jsonl').read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ('processes', 'error', 'raised'),
+    [
+        (1, 'no room', 'cannot be written: no room.*No step is saved'),
+        (2, 'timed out in a barrier', '^t'),
+    ],
+)
+def test_where_another_process_does_not_save_the_disk_is_not_blamed(
+    processes, error, raised, tmp_path, monkeypatch
+):
+    with contextlib.closing(workdir.Checkpoints(tmp_path)) as checkpoints:
+        monkeypatch.setattr(jax, 'process_count', lambda: processes)
+        with pytest.raises((UserError, TimeoutError), match=raised), checkpoints._saving():
+            raise TimeoutError(error)
+        assert bool(sharding.lost(TimeoutError(error))) == (processes == 2)
+        monkeypatch.undo()
+
+
 def die(path, start, step):
     with pytest.raises(ZeroDivisionError), workdir.attempt(path, start) as begin_step:
         for i in range(start + 1, step + 1):

@@ -2,6 +2,8 @@
 
 import sys
 
+import jax
+
 from jaxcls import UserError, predictions, results, sharding, sweep
 
 sharding.start_processes()
@@ -17,6 +19,8 @@ if __name__ == '__main__':
         run = config()
         if pipeline == 'seeds':
             run.update(seeds=2, seeds_per_program=2)
+        elif pipeline == 'differ':
+            run.learning_rate *= 1 + jax.process_index()
         else:
             run.data.pipeline = pipeline
         try:

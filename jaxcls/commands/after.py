@@ -113,7 +113,7 @@ def _few_shot_arguments(parser):
 
 
 def _run_few_shot(args) -> int:
-    common.start()
+    common.start_alone()
     from jaxcls import transfer
 
     result = transfer.few_shot(
@@ -139,7 +139,7 @@ def _export_arguments(parser):
 
 
 def _run_export(args) -> int:
-    common.start()
+    common.start_alone()
     from jaxcls import transfer
 
     result = transfer.export_weights(args.workdir, args.file, args.names, args.checkpoint)

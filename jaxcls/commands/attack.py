@@ -55,7 +55,7 @@ def _run(args) -> int:
     if not 0 <= args.seed < 2**31:
         raise UserError(f'--seed is {args.seed}; it must be at least 0 and less than 2**31.')
     epsilons = [_number(text) for text in _names(args.epsilons)]
-    common.start()
+    common.start_alone()
     from jaxcls import corruptions, pictures, robustness, runs
 
     draws = bool(names or args.corruptions)

@@ -6,6 +6,7 @@ import os
 import warnings
 from pathlib import Path
 
+from jaxcls.errors import UserError
 from jaxcls.terminal import say, warning_line
 
 
@@ -52,6 +53,22 @@ def start():
     if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
         # Small ones too: a run whose programs are all kept starts in 4.6 s, not 5.3.
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+
+
+def start_alone():
+    """`start` of a command that does not know of several processes.
+
+    Raises:
+      UserError: this is one of several.
+    """
+    import jax
+
+    start()
+    if jax.process_count() > 1:
+        raise UserError(
+            f'This command runs in one process, and this is one of {jax.process_count()}: start it on one '
+            'host, without the variables of jax.distributed (JAX_NUM_PROCESSES and the like).'
+        )
 
 
 def load_config(args, more=()):

@@ -40,7 +40,7 @@ def _run(args) -> int:
     if (args.overrides or args.distill) and not args.epochs:
         what = f'--config.{args.overrides[0][0]}' if args.overrides else '--distill'
         raise UserError(f'{what} is of the runs that train: give --epochs as well.')
-    common.start()
+    common.start_alone()
     from jaxcls import compress, footprint, pictures
 
     pictures.check_place(args.picture, '--picture')

@@ -34,7 +34,6 @@ def _run_train(args) -> int:
     from rich.console import Console
 
     from jaxcls import console, sweep
-    from jaxcls.report import page
 
     config = common.load_config(args)
     common.start()
@@ -47,16 +46,22 @@ def _run_train(args) -> int:
         outcome = sweep.fit_seeds(config, directory, reporter)
     finally:
         reporter.close()
-    if jax.process_index():
-        return 0
     if outcome.stopped in sweep.SIGNALS:
         return _stopped(outcome.stopped)
     diverged = _print_diverged([outcome])
+    if jax.process_index() == 0:
+        _print_results(config, outcome, out)
+    return 2 if diverged else 0
+
+
+def _print_results(config, outcome, out):
+    from jaxcls import console, sweep
+    from jaxcls.report import page
+
     if config.seeds == 1 and outcome.group.members[0].result:
         out.print(console.result_table(outcome.group.members[0]))
     elif config.seeds > 1:
         say(page.text(sweep.seeds_table(outcome)))
-    return 2 if diverged else 0
 
 
 def _print_diverged(outcomes) -> bool:

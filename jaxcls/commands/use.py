@@ -96,7 +96,7 @@ def _export_arguments(parser):
 
 
 def _run_export(args) -> int:
-    common.start()
+    common.start_alone()
     from jaxcls import export
 
     result = export.export(
@@ -151,7 +151,7 @@ def _run_serve(args) -> int:
         hosts=tuple(name.lower() for name in args.allowed_host),
     )
     serving.check(settings)
-    common.start()
+    common.start_alone()
     from jaxcls.serving import server
 
     def report(address):
