@@ -46,7 +46,8 @@ def curves(records: list[dict[str, Any]]) -> Figure:
                 validation['epoch'], gap, validation[key], color=_VALIDATION, alpha=0.12, lw=0,
                 label='generalisation gap',
             )  # fmt: skip
-        if key == 'loss' and min([1, *train[key], *validation[key]]) > 0:
+        known = [v for v in (*train[key], *validation[key]) if np.isfinite(v)]
+        if key == 'loss' and known and min(known) > 0:
             axes.set_yscale('log')
         axes.set(xlabel='epoch', ylabel=name)
         axes.grid(alpha=0.3)

@@ -422,6 +422,24 @@ def test_zero_init_residual_starts_as_the_identity(fields):
         ('resnet20', {'stage_sizes': ()}, 'stages=0'),
         ('wrn16_4', {'width': 0}, 'width=0'),
         ('lenet5', {'padding': (2,)}, 'padding=(2,) with filters=(6, 16): expected one number'),
+        ('lenet5', {'padding': (2, 10**11)}, 'below 2^31'),
+        ('lenet5', {'hidden': (10**23,)}, 'expected less than 2^31'),
+        ('resnet20', {'norm_momentum': 2}, 'norm_momentum is 2; it must be 0 to 1'),
+        ('vit_ti16', {'norm_epsilon': -1}, 'norm_epsilon is -1; it must be at least 0 and finite'),
+        ('vit_ti16', {'mlp_ratio': 1e300}, 'mlp_ratio is 1e+300'),
+        (
+            'mobilenet_v2',
+            {'width': 1e300},
+            'width is 1e+300; it must be above 0 and finite, at most 1000',
+        ),
+        ('mobilenet_v2', {'depth': 1e5}, 'depth is 100000.0'),
+        ('convnext_tiny', {'width': 1e300}, 'width is 1e+300'),
+        ('googlenet', {'width': 1e300}, 'width is 1e+300'),
+        (
+            'resnext50_32x4d',
+            {'groups': 3, 'group_width': 0},
+            'groups is 3; it must be a divisor of num_f',
+        ),
     ],
 )
 def test_a_mistake_is_named_before_anything_is_compiled(name, fields, message):
@@ -514,6 +532,9 @@ def test_orthogonal_kernels_are_orthogonal():
     kernel = jax.jit(draw)(jax.random.key(0))
     flat = kernel.reshape(-1, 8)
     np.testing.assert_allclose(flat.T @ flat, np.eye(8), atol=1e-5)
+    np.testing.assert_array_equal(
+        draw(jax.random.key(0), dtype=jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    )
 
 
 def test_relu_of_a_sum_is_a_maximum_where_it_is_exported():

@@ -14,6 +14,11 @@ def test_curves_show_training_validation_and_the_gap():
     assert len(accuracies.collections) == 1 and accuracies.get_xlabel() == 'epoch'
 
 
+def test_curves_without_a_finite_loss_are_drawn(tmp_path):
+    records = [{**record, 'loss': np.nan} for record in RECORDS]
+    pictures.curves(records).savefig(tmp_path / 'curves.png')
+
+
 def test_a_sheet_takes_grey_and_colour_images():
     for channels in (1, 3):
         figure = pictures.sheet(np.zeros((3, 4, 4, channels)), ['a', 'b\n', 'c'], columns=2)

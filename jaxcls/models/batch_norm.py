@@ -110,7 +110,7 @@ def _backward(epsilon, saved, gradients):
     constant = of_bias / count - along_x * mean
     # Last a sum of two arrays, which XLA keeps for all that read it: one with a constant it would repeat.
     dx = factor * gradient - ((factor * along_x) * wide + factor * constant)
-    return dx.astype(x.dtype), of_scale, of_bias
+    return dx.astype(x.dtype), of_scale.astype(scale.dtype), of_bias.astype(scale.dtype)
 
 
 normalize.defvjp(_forward, _backward)

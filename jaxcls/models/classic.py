@@ -69,10 +69,11 @@ class LeNet(nn.Module):
         super().__post_init__()
         check_fields(self)
         check_sizes(filters=self.filters, hidden=self.hidden, kernel_size=self.kernel_size)
-        if len(self.padding) != len(self.filters) or min(self.padding, default=0) < 0:
+        fits = all(0 <= padding < 2**31 for padding in self.padding)
+        if len(self.padding) != len(self.filters) or not fits:
             raise UserError(
                 f'padding={self.padding} with filters={self.filters}: expected one number of at '
-                'least 0 for each convolution.'
+                'least 0, below 2^31, for each convolution.'
             )
 
     @nn.compact

@@ -107,7 +107,7 @@ class ConvNeXt(nn.Module):
         check_sizes(stages=len(self.stage_sizes))
         as_many = len(self.widths) == len(self.stage_sizes)
         require(as_many, 'widths', self.widths, f'{len(self.stage_sizes)} numbers, one a stage')
-        require(0 < self.width < math.inf, 'width', self.width, 'more than 0 and finite')
+        require(0 < self.width <= 1000, 'width', self.width, 'more than 0 and finite, at most 1000')
         positive = 0 <= self.layer_scale < math.inf
         require(positive, 'layer_scale', self.layer_scale, 'at least 0 and finite')
 

@@ -34,7 +34,9 @@ def _shifted_products(stride, starts, counts, kernel, x):
     height, width = ((n - 1) * stride + k for n, k in zip(counts, kernel.shape, strict=False))
     x = x[:, top : top + height, left : left + width]
     parts = taps(x, kernel.shape[:2], stride, ((0, 0), (0, 0)))
-    return functools.reduce(jnp.add, (part * kernel[i, j, 0] for (i, j), part in parts))
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    products = (part.astype(wide) * kernel[i, j, 0].astype(wide) for (i, j), part in parts)
+    return functools.reduce(jnp.add, products).astype(x.dtype)
 
 
 def depthwise_gradients(place, x, kernel, gradient, apart):

@@ -104,7 +104,7 @@ def check(model: nn.Module, stems: Mapping[str, Any]):
     """Raises a UserError for fields out of range."""
     check_fields(model)
     lookup(stems, model.stem, 'stem')
-    require(0 < model.width < math.inf, 'width', model.width, 'more than 0 and finite')
+    require(0 < model.width <= 1000, 'width', model.width, 'more than 0 and finite, at most 1000')
     weight = model.aux_weight
     require(0 <= weight < math.inf, 'aux_weight', weight, 'at least 0 and finite')
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcls.errors import UserError
+from jaxcls.errors import UserError, require
 from jaxcls.models.batch_norm import BatchNorm
 from jaxcls.models.convolutions import convolve
 from jaxcls.models.maxima import window_maxima
@@ -104,6 +104,11 @@ def _lecun_1998(key, shape, dtype=jnp.float32):
 _pytorch_uniform = init.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
+def _orthogonal(key, shape, dtype=jnp.float32):
+    wide = jnp.promote_types(dtype, jnp.float32)  # LAPACK has no narrower
+    return init.orthogonal()(key, shape, wide).astype(dtype)
+
+
 def _dirac(key, shape, dtype=jnp.float32):
     """[h, w, I, O]: the first I outputs copy the inputs, others are `_pytorch_uniform` (Jordan 2024)."""
     copies, centre = min(shape[-2:]), tuple(n // 2 for n in shape[:-2])
@@ -125,7 +130,7 @@ INITIALIZERS = {
     'he_normal': init.variance_scaling(2.0, 'fan_in', 'normal'),
     'he_uniform': init.variance_scaling(2.0, 'fan_in', 'uniform'),
     'he_normal_fan_out': init.variance_scaling(2.0, 'fan_out', 'normal'),
-    'orthogonal': init.orthogonal(),
+    'orthogonal': _orthogonal,
     'pytorch_uniform': _pytorch_uniform,
     'dirac': _dirac,
 }
@@ -186,7 +191,7 @@ def style_of(model: nn.Module) -> Style:
 
 
 def check_fields(model: nn.Module) -> None:
-    """Raises a UserError for an unknown name, a rate outside [0, 1) or a bad number of classes.
+    """Raises a UserError for an unknown name, a rate, momentum or epsilon out of range, or bad classes.
 
     Looks at those of the models' common fields that this model has.
     """
@@ -199,15 +204,21 @@ def check_fields(model: nn.Module) -> None:
         rate = getattr(model, field, 0.0)
         if not 0 <= rate < 1:
             raise UserError(f'{field}={rate} is not a rate: expected 0 <= {field} < 1.')
+    keeps = getattr(model, 'norm_momentum', 0.0)
+    require(0 <= keeps <= 1, 'norm_momentum', keeps, '0 to 1')
+    epsilon = getattr(model, 'norm_epsilon', 0.0)
+    require(0 <= epsilon < math.inf, 'norm_epsilon', epsilon, 'at least 0 and finite')
     check_sizes(num_classes=model.num_classes)
 
 
 def check_sizes(**sizes: int | tuple[int, ...]) -> None:
-    """Raises a UserError that names the first size that is not positive and whole."""
+    """Raises a UserError that names the first size that is not whole, of at least 1 and below 2^31."""
     for field, value in sizes.items():
         values = value if isinstance(value, (tuple, list)) else (value,)
         if not all(isinstance(v, int) and v > 0 for v in values):
             raise UserError(f'{field}={value!r}: expected whole numbers of at least 1.')
+        if max(values, default=1) >= 2**31:
+            raise UserError(f'{field}={value!r}: expected less than 2^31.')
 
 
 def as_input(images: jax.Array, dtype: Any) -> jax.Array:

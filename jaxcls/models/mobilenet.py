@@ -217,8 +217,8 @@ class MobileNet(nn.Module):
         lookup(ACTIVATIONS, self.gate, 'gate')
         lookup(INITIALIZERS, self.depthwise_init, 'depthwise_init')
         check_sizes(stem_width=self.stem_width, final_width=self.final_width)
-        require(0 < self.width < math.inf, 'width', self.width, 'above 0 and finite')
-        require(0 < self.depth < math.inf, 'depth', self.depth, 'above 0 and finite')
+        require(0 < self.width <= 1000, 'width', self.width, 'above 0 and finite, at most 1000')
+        require(0 < self.depth <= 100, 'depth', self.depth, 'above 0 and finite, at most 100')
         require(self.head_width >= 0, 'head_width', self.head_width, 'at least 0')
         squeezed = any(row.squeeze for row in STAGES[self.stages])
         expected = f"'none' for stages={self.stages!r}"

@@ -270,6 +270,10 @@ class ResNet(nn.Module):
         check_sizes(num_filters=self.num_filters, width=self.width, groups=self.groups)
         grouped = self.branch == 'bottleneck' or self.groups == 1
         require(grouped, 'groups', self.groups, "1 but for branch='bottleneck'")
+        channels = self.num_filters * self.width
+        fits = self.group_width > 0 or channels % self.groups == 0
+        expected = f'a divisor of num_filters * width = {channels}, or with group_width above 0'
+        require(fits, 'groups', self.groups, expected)
         require(self.group_width >= 0, 'group_width', self.group_width, 'at least 0')
         require(self.squeeze >= 0, 'squeeze', self.squeeze, 'at least 0')
 

@@ -1,6 +1,5 @@
 """The Vision Transformer."""
 
-import math
 from functools import partial
 from typing import Any
 
@@ -123,8 +122,8 @@ class ViT(nn.Module):
         check_sizes(**{field: getattr(self, field) for field in sizes})
         divides = self.width % self.heads == 0
         require(divides, 'width', self.width, f'a multiple of heads={self.heads}')
-        wide = 1 <= self.mlp_ratio * self.width < math.inf
-        expected = f'at least 1 / width={self.width}, and finite'
+        wide = 1 <= self.mlp_ratio * self.width < 2**31
+        expected = f'at least 1 / width={self.width}, and less than 2^31 / width'
         require(wide, 'mlp_ratio', self.mlp_ratio, expected)
 
     @nn.compact
