@@ -114,13 +114,13 @@ def evaluate(
     """
     config = workdir_lib.read_config(Path(workdir))
     if config.seeds > 1:
-        ended = [member.workdir for member in results.read(workdir).members if member.result]
+        members = results.read(workdir).members
+        ended = [member.workdir for member in members if member.result]
         if not ended:
-            members = [member.workdir for member in results.read(workdir).members]
-            begun = [str(place) for place in members if workdir_lib.has_checkpoints(place)]
+            begun = [m.workdir for m in members if workdir_lib.has_checkpoints(m.workdir)]
+            choice = f', or evaluate one as it is: {begun[0]}' if begun else ''
             raise UserError(
-                f'None of the {config.seeds} seeds of {workdir} has ended. Repeat its `jaxcls train`'
-                + (f', or evaluate one as it is: {begun[0]}.' if begun else '.')
+                f'None of the {config.seeds} seeds of {workdir} has ended. Repeat its `jaxcls train`{choice}.'
             )
         found = [evaluate(place, split, checkpoint, tta) for place in ended]
         return {

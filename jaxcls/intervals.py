@@ -46,9 +46,8 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
         raise UserError('mean_interval got no values; give those of one run at least.')
     if n == 1:
         return float(values[0]), math.inf
-    deviation = (
-        values.std(ddof=1) if np.ptp(values) else 0.0
-    )  # of equal values rounding leaves 1e-15
+    # Of equal values rounding would leave 1e-15.
+    deviation = values.std(ddof=1) if np.ptp(values) else 0.0
     return float(values.mean()), _half_width(deviation, n, confidence)
 
 

@@ -232,9 +232,8 @@ def _weights_of_run(source: str) -> weight_files.Weights | None:
     if not (path / 'config.json').is_file():
         return None
     run = open_run(path, checkpoint)
-    variables = jax.device_put(
-        run.variables, sharding.replicated(run.mesh)
-    )  # every process has it all
+    # Of several processes each has all of it then.
+    variables = jax.device_put(run.variables, sharding.replicated(run.mesh))
     flat = weights.flatten(jax.device_get(variables))
     state = {k: weight_files.Tensor(a.shape, a.dtype, lambda a=a: a) for k, a in flat.items()}
     data = run.experiment.config.data

@@ -66,7 +66,7 @@ def convolve(x, kernel, stride: int, padding: tuple[int, int], groups: int = 1) 
     """x [B, H, W, C] * kernel [h, w, C / groups, F] -> [B, H', W', F].
 
     The form that is fastest for its shape and device, forwards and backwards, which may differ in rounding
-    from XLA's. For reverse-mode derivatives.
+    from XLA's. For reverse-mode derivatives, the second (by XLA's own forms) too.
 
     Args:
       padding: zeros on both sides of the height and of the width, as in PyTorch. Always explicit:
