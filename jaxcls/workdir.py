@@ -470,8 +470,11 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds when a disk is full
-            if jax.process_count() > 1 and 'barrier' in str(error):
-                raise  # it is another process that did not save
+            if jax.process_count() > 1:
+                while 'barrier' in str(error).lower() and error.__context__:
+                    error = error.__context__  # why this process did not come to it
+                if 'barrier' in str(error).lower():
+                    raise  # another one did not
             steps = [int(path.name) for path in self.directory.iterdir() if path.name.isdigit()]
             saved = max(steps, default=None)
             kept = 'No step is saved yet.' if saved is None else f'Step {saved} is saved.'

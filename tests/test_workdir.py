@@ -194,6 +194,17 @@ def test_where_another_process_does_not_save_the_disk_is_not_blamed(
         monkeypatch.undo()
 
 
+def test_a_process_that_cannot_save_says_why_it_came_to_no_barrier(tmp_path, monkeypatch):
+    with contextlib.closing(workdir.Checkpoints(tmp_path)) as checkpoints:
+        monkeypatch.setattr(jax, 'process_count', lambda: 2)
+        with pytest.raises(UserError, match='cannot be written: no room'), checkpoints._saving():
+            try:
+                raise ValueError('no room')
+            except ValueError:
+                raise TimeoutError('Barrier timed out')  # noqa: B904
+        monkeypatch.undo()
+
+
 def die(path, start, step):
     with pytest.raises(ZeroDivisionError), workdir.attempt(path, start) as begin_step:
         for i in range(start + 1, step + 1):
