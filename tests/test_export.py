@@ -130,6 +130,8 @@ def test_mistakes_are_named_before_the_work(tmp_path, place, more, message):
 
 @pytest.mark.parametrize('format', ['onnx', 'tflite'])
 def test_a_run_in_int8_is_exported_as_stablehlo_alone(run, format, tmp_path, monkeypatch):
+    for package in export.FORMATS[format].packages:
+        pytest.importorskip(package)
     quantized = runs.open_run(run)
     c = quantized.experiment.config.copy_and_resolve_references().unlock()
     c.quantization.name = 'int8'
