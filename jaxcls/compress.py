@@ -89,7 +89,7 @@ def compress(
     """
     plans = [parse(method, epochs) for method in methods]
     for path, _ in overrides:
-        if any(f'{path}.'.startswith(f'{own}.') or own.startswith(f'{path}.') for own in _OWN):
+        if any(config_lib.overlap(path, own) for own in _OWN):
             raise UserError(
                 f'config.{path} cannot be set: the methods, the epochs or the teacher set it. Leave it out.'
             )

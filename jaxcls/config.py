@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
         {
             'seed': 0,
             'seeds': 1,  # runs with seed, seed + 1, ..., each in its own directory
-            'seeds_per_program': 0,  # trained in one program; 0: all of small networks, but on CPU
+            'seeds_per_program': 0,  # in one program; 0: one, but all of small networks on a GPU or TPU
             'epochs': 20.0,
             'batch_size': 64,
             'precision': 'float32',  # 'bfloat16': all of it; 'mixed': parameters stay float32
@@ -501,7 +501,11 @@ def _tuples(value: Any, key: str = '', depth: int = 0) -> Any:
 
 def differences(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
     """The fields that differ, by dotted name, as `(old, new)`; `'absent'` where there is none."""
-    old, new = flat(as_json(old)), flat(as_json(new))
+    return flat_differences(flat(as_json(old)), flat(as_json(new)))
+
+
+def flat_differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """`differences` of what `flat` returns."""
     return {
         path: (old.get(path, 'absent'), new.get(path, 'absent'))
         for path in sorted(old.keys() | new.keys())
@@ -518,6 +522,11 @@ def flat(value: Any, path: str = '') -> dict[str, Any]:
     else:
         return {path: value}
     return {key: leaf for name, item in items for key, leaf in flat(item, name).items()}
+
+
+def overlap(path: str, field: str) -> bool:
+    """Whether one dotted name is the other or a part of it: 'model' and 'model.name'."""
+    return f'{path}.'.startswith(f'{field}.') or f'{field}.'.startswith(f'{path}.')
 
 
 def epoch_steps(epochs: float, examples: int, batch_size: int) -> int:

@@ -130,7 +130,7 @@ def check_free(study: Study, paths: Iterable[str]):
     } | dict.fromkeys(study.tune, 'tune')
     for path in paths:
         for field, axis in taken.items():
-            if f'{path}.'.startswith(f'{field}.') or f'{field}.'.startswith(f'{path}.'):
+            if config_lib.overlap(path, field):
                 raise UserError(
                     f'config.{path} cannot be set: the study varies config.{field} ({axis!r}). '
                     'Leave it out, or change a copy of the study.'

@@ -129,13 +129,12 @@ def check_same(config: ConfigDict, data: dict[str, Any]):
     texts = multihost_utils.process_allgather(np.frombuffer(text.ljust(longest), np.uint8))
     first, *others = (json.loads(bytes(text)) for text in texts)
     for i, other in enumerate(others, 1):
-        for field in sorted(first.keys() | other.keys()):
-            values = [reprlib.repr(each.get(field, 'absent')) for each in (first, other)]
-            if first.get(field) != other.get(field):
-                raise UserError(
-                    f'{field} is {values[0]} in the first process and {values[1]} in process {i}. Start '
-                    'all with the same config and the same data.'
-                )
+        for field, values in config_lib.flat_differences(first, other).items():
+            ours, theirs = map(reprlib.repr, values)
+            raise UserError(
+                f'{field} is {ours} in the first process and {theirs} in process {i}. Start all with the '
+                'same config and the same data.'
+            )
 
 
 def another_config(workdir: Path, changes: dict[str, tuple[Any, Any]]) -> str:

@@ -74,8 +74,11 @@ def test_the_headline_says_what_was_reached_and_whether_it_is_chance(directory, 
     # One of other data was no candidate, also where it gets more right.
     fake_runs.write(tmp_path / 'other', 0, data={'name': 'digits', 'validation': 'train'})
     other = compare.read([tmp_path / 'other'])
-    of_other = 'On digits, train: lenet_small gets 100.00% of 360 train images right'
-    assert runs.headline([two, one, *other]).startswith(f'On digits, test: {both} {of_other}')
+    of_other = runs.headline(other)
+    assert of_other.startswith('lenet_small gets 100.00% of 360 train images right')
+    assert (
+        runs.headline([two, one, *other]) == f'On digits, test: {both} On digits, train: {of_other}'
+    )
     assert 'allowing for 3 comparisons' in runs.headline([two, one, seeds])
     assert runs.headline([two, two]).endswith(f'of training. {two.name} gets as many.')
 

@@ -128,10 +128,12 @@ def compiled(name: str, precision: str, seeds: int):
 
 def main():
     """Prints a line for each network, and with --kernels one for each kernel."""
+    from jaxcls import config
+
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     nets = list(step_lib.CASES)
     parser.add_argument('networks', nargs='*', type=pairs.one_of(step_lib.CASES), default=nets)
-    parser.add_argument('--precision', choices=step_lib.PRECISIONS, default='mixed')
+    parser.add_argument('--precision', choices=config.PRECISIONS, default='mixed')
     parser.add_argument('--seeds', type=pairs.at_least_1, default=1)
     parser.add_argument('--kernels', action='store_true')
     parser.add_argument('--out', type=pairs.new_file, default=None)

@@ -26,7 +26,6 @@ CASES = {
     'mobilenet_v2': (8, 128, 224, 3, 1000, {'dropout': 0.0}),
 }
 SIDES = ('ours', 'eager', 'compile')
-PRECISIONS = ('float32', 'bfloat16', 'mixed')
 SECONDS = 0.5  # that a round should take at least
 STEPS_PER_CALL = 10  # of our training on an accelerator, where `fit` has 50
 
@@ -243,10 +242,12 @@ def line(row, sides, limits: dict[str, float]) -> str:
 
 def main():
     """Times the pairs and prints, or is one of their workers."""
+    from jaxcls import config
+
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('networks', nargs='*', type=pairs.one_of(CASES), default=list(CASES))
     parser.add_argument('--mode', choices=['train', 'predict', 'both'], default='both')
-    parser.add_argument('--precision', choices=PRECISIONS, default='float32')
+    parser.add_argument('--precision', choices=config.PRECISIONS, default='float32')
     parser.add_argument('--rounds', type=pairs.at_least_1, default=7)
     parser.add_argument('--sides', type=pairs.some_of(SIDES), default=list(SIDES))
     parser.add_argument('--out', type=pairs.new_file, default=None)
